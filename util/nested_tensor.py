@@ -1,0 +1,64 @@
+"""Batches of images of different sizes: one padded tensor and the mask that says where the padding is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NestedTensor(NamedTuple):
+    """A padded batch.
+
+    Attributes:
+        tensors: (B, 3, H, W) images, zero where padded at the bottom and right.
+        mask: (B, H, W) bool, True = padding.
+    """
+
+    tensors: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
+        """Copy the batch to a device."""
+        return NestedTensor(*(part.to(device, non_blocking=non_blocking) for part in self))
+
+    def pin_memory(self) -> NestedTensor:
+        """Copy the batch into page-locked memory (called by the data loader)."""
+        return NestedTensor(*(part.pin_memory() for part in self))
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        """Return (tensors, mask)."""
+        return self.tensors, self.mask
+
+
+def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
+    """Pad images with zeros at the bottom and right to the largest height and width among them.
+
+    Args:
+        images: (3, H_i, W_i) tensors of one dtype and device.
+
+    Returns:
+        NestedTensor of (B, 3, max H, max W) and its (B, max H, max W) padding mask.
+
+    Raises:
+        ValueError: the list is empty or an image has not three axes.
+    """
+    if not images or any(image.ndim != 3 for image in images):
+        shapes = [tuple(image.shape) for image in images]
+        raise ValueError(f"expected a non-empty list of (C, H, W) images, got shapes {shapes}")
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    batch = images[0].new_zeros((len(images), images[0].shape[0], height, width))
+    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images[0].device)
+    for index, image in enumerate(images):
+        h, w = image.shape[-2:]
+        batch[index, :, :h, :w].copy_(image)
+        mask[index, :h, :w] = False
+    return NestedTensor(batch, mask)
+
+
+def as_nested_tensor(samples: NestedTensor | Sequence[Tensor]) -> NestedTensor:
+    """Pad a list of images; return a NestedTensor as it is."""
+    return samples if isinstance(samples, NestedTensor) else nested_tensor_from_tensor_list(samples)

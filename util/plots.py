@@ -1,0 +1,195 @@
+"""Pictures of a run: curves from its log lines, predictions beside ground truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .box_ops import box_cxcywh_to_xyxy
+from .nested_tensor import nested_tensor_from_tensor_list
+
+# How the data pipeline normalises (mean and deviation of ImageNet, per RGB channel).
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Distinguishable without red against green (Okabe and Ito).
+COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+MARGIN, TITLE_HEIGHT = 6, 18
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the log lines of a run that belong to an epoch; of an epoch written twice the later one.
+
+    Raises:
+        FileNotFoundError: the folder has no log.txt.
+    """
+    lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+    by_epoch = {record["epoch"]: record for record in map(json.loads, lines) if "epoch" in record}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def plot_logs(folders: Sequence[Path], out_png: Path) -> None:
+    """Draw loss, class error, box losses and AP over epochs, one colour per run.
+
+    Args:
+        folders: output folders with a log.txt.
+        out_png: where the picture goes.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    names = [folder.resolve().name for folder in folders]
+    for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
+        records, color = read_log(folder), f"C{number}"
+        _curve(axes[0, 0], records, _of("train_loss"), color, "-", f"{name} train")
+        _curve(axes[0, 0], records, _of("test_loss"), color, "--", f"{name} val")
+        _curve(axes[0, 1], records, _of("train_class_error"), color, "-", f"{name} train")
+        _curve(axes[0, 1], records, _of("test_class_error"), color, "--", f"{name} val")
+        for part, style in (("bbox", "-"), ("giou", ":")):
+            _curve(axes[1, 0], records, _of(f"test_loss_{part}"), color, style, f"{name} {part}")
+        for label, index, style in (("AP", 0, "-"), ("AP50", 1, "--")):
+            _curve(axes[1, 1], records, _of("test_coco_eval_bbox", index), color, style, f"{name} {label}")
+    titles = ("weighted loss", "class error (%)", "box losses on val, weighted", "average precision on val")
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    axes[1, 1].set_ylim(bottom=0)
+    figure.savefig(out_png, dpi=100)
+
+
+def draw_predictions(
+    images: Sequence[Tensor],
+    targets: Sequence[Mapping[str, Tensor]],
+    results: Sequence[Mapping[str, Tensor]],
+    class_names: Sequence[str],
+    out_png: Path,
+    *,
+    min_score: float = 0.3,
+    width: int = 320,
+) -> None:
+    """Draw ground truth on the left and predictions on the right, one image per row.
+
+    Args:
+        images: (3, H, W) normalised.
+        targets: `boxes` (N, 4) cxcywh in [0, 1] and `labels` (N,).
+        results: `scores`, `labels`, `boxes` (n, 4) xyxy in pixels of the image.
+        class_names: name of every label.
+        out_png: where the picture goes.
+        min_score: predictions below are not drawn.
+        width: pixels of each column.
+    """
+    rows = []
+    for image, target, result in zip(images, targets, results, strict=True):
+        height_px, width_px = image.shape[1:]
+        scale = torch.tensor([width_px, height_px, width_px, height_px])
+        true_xyxy = box_cxcywh_to_xyxy(target["boxes"].cpu()) * scale
+        texts = [_class_name(class_names, label) for label in target["labels"].tolist()]
+        kept = result["scores"] >= min_score
+        found = zip(result["labels"][kept].tolist(), result["scores"][kept].tolist(), strict=True)
+        found_texts = [f"{_class_name(class_names, label)} {score:.2f}" for label, score in found]
+        picture = to_picture(image)
+        left = _draw_boxes(picture, true_xyxy, texts, target["labels"], width)
+        right = _draw_boxes(picture, result["boxes"][kept].cpu(), found_texts, result["labels"][kept], width)
+        rows.append((left, right))
+    height = TITLE_HEIGHT + sum(left.height + MARGIN for left, _ in rows)
+    sheet = Image.new("RGB", (2 * width + 3 * MARGIN, height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), "ground truth", fill="black")
+    draw.text((width + 2 * MARGIN, MARGIN), f"predictions, score at least {min_score:g}", fill="black")
+    top = TITLE_HEIGHT + MARGIN
+    for left, right in rows:
+        sheet.paste(left, (MARGIN, top))
+        sheet.paste(right, (width + 2 * MARGIN, top))
+        top += left.height + MARGIN
+    sheet.save(out_png)
+
+
+@torch.no_grad()
+def draw_examples(
+    model: torch.nn.Module,
+    postprocess: Callable[..., list[dict[str, Tensor]]],
+    dataset: Any,
+    device: torch.device,
+    out_png: Path,
+    *,
+    count: int = 6,
+) -> None:
+    """Draw the predictions of some images of a data set beside ground truth.
+
+    Args:
+        model: the detector; postprocess: its outputs and sizes -> detections in pixels.
+        dataset: gives (image (3, H, W), target) and has `class_names`.
+        device: where the model is.
+        out_png: where the picture goes.
+        count: images drawn, evenly spread over the data set.
+    """
+    model.eval()
+    count = min(count, len(dataset))
+    images, targets = zip(*(dataset[i * len(dataset) // count] for i in range(count)), strict=True)
+    sizes = torch.tensor([image.shape[1:] for image in images], device=device)
+    outputs = model(nested_tensor_from_tensor_list(images).to(device))
+    results = [{name: value.cpu() for name, value in result.items()} for result in postprocess(outputs, sizes)]
+    draw_predictions(images, targets, results, dataset.class_names, out_png)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Undo the normalisation of a (3, H, W) image."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+    pixels = ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _draw_boxes(
+    picture: Image.Image, boxes_xyxy: Tensor, texts: Sequence[str], labels: Tensor, width: int
+) -> Image.Image:
+    factor = width / picture.width
+    drawn = picture.resize((width, max(1, round(picture.height * factor))))
+    draw = ImageDraw.Draw(drawn)
+    font = ImageFont.load_default(size=11)
+    for box, text, label in zip((boxes_xyxy * factor).tolist(), texts, labels.tolist(), strict=True):
+        color = COLORS[label % len(COLORS)]
+        left, top, right, bottom = box
+        draw.rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)), outline=color, width=2)
+        anchor = (max(left, 0), max(top - 13, 0))
+        draw.rectangle(draw.textbbox(anchor, text, font=font), fill=color)
+        draw.text(anchor, text, fill="black", font=font)
+    return drawn
+
+
+def _curve(
+    axis: Axes,
+    records: Sequence[Mapping[str, Any]],
+    value: Callable[[Mapping[str, Any]], float | None],
+    color: str,
+    style: str,
+    label: str,
+) -> None:
+    points = [(record["epoch"], number) for record in records if (number := value(record)) is not None]
+    if points:
+        epochs, numbers = zip(*points, strict=True)
+        axis.plot(epochs, numbers, style, color=color, label=label, marker="." if len(points) < 30 else "")
+
+
+def _of(name: str, index: int | None = None) -> Callable[[Mapping[str, Any]], float | None]:
+    def value(record: Mapping[str, Any]) -> float | None:
+        if name not in record:
+            return None
+        return record[name] if index is None else record[name][index]
+
+    return value
+
+
+def _class_name(names: Sequence[str], label: int) -> str:
+    return names[label] if label < len(names) and names[label] else str(label)

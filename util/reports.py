@@ -1,0 +1,153 @@
+"""What a run leaves behind after every epoch: a log line, a table, precision curves, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import atomic_save
+from .config import save_config
+from .distributed import get_rank, is_main_process
+from .errors import OptionError
+from .logger import format_table, setup_logging
+from .progress import format_seconds
+
+COCO_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_TABLE_LOSSES = (
+    "loss",
+    "loss_ce",
+    "loss_bbox",
+    "loss_giou",
+    "tgt_loss_ce",
+    "tgt_loss_bbox",
+    "tgt_loss_giou",
+    "class_error",
+)
+
+
+def prepare_output(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Path | None:
+    """Make the output folder, start logging, write the effective configuration.
+
+    Args:
+        args: options; `output_dir` is made a full path.
+        parser: all options.
+
+    Returns:
+        The folder, None without `--output_dir`.
+
+    Raises:
+        OptionError: the folder cannot be made or written to.
+    """
+    if not args.output_dir:
+        setup_logging(None, rank=get_rank())
+        return None
+    folder = Path(args.output_dir).expanduser()
+    args.output_dir = str(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        setup_logging(folder, rank=get_rank(), save_log=args.save_log)
+        if is_main_process():
+            save_config(args, parser, folder / "config.py")
+    except OSError as error:
+        raise OptionError(f"cannot write to --output_dir {folder}: {error.strerror}; choose another") from error
+    return folder
+
+
+def epoch_record(
+    train_stats: Mapping[str, Any],
+    test_stats: Mapping[str, Any],
+    *,
+    epoch: int,
+    n_parameters: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Build one line of `log.txt`, official names.
+
+    Args:
+        train_stats, test_stats: means by name; they get the prefixes `train_` and `test_`.
+        epoch: the epoch trained.
+        n_parameters: trainable parameters.
+        seconds: how long training and evaluation took.
+    """
+    return {
+        **{f"train_{name}": value for name, value in train_stats.items()},
+        **{f"test_{name}": value for name, value in test_stats.items()},
+        "epoch": epoch,
+        "n_parameters": n_parameters,
+        "epoch_time": format_seconds(seconds),
+        "now_time": datetime.datetime.now().isoformat(sep=" ", timespec="seconds"),
+    }
+
+
+def epoch_table(train_stats: Mapping[str, Any], test_stats: Mapping[str, Any]) -> str:
+    """Lay out the main losses of training beside those of evaluation, and the six AP figures in percent."""
+    rows = []
+    for name in _TABLE_LOSSES:
+        cells = [f"{stats[name]:.4f}" if name in stats else "-" for stats in (train_stats, test_stats)]
+        if cells != ["-", "-"]:
+            rows.append((name, *cells))
+    figures = test_stats.get("coco_eval_bbox", ())
+    # pycocotools gives -1 where the data has no such object.
+    percent = [f"{100 * figure:.1f}" if figure >= 0 else "-" for figure in figures[:6]]
+    rows += [(name, "", value) for name, value in zip(COCO_FIGURES, percent, strict=False)]
+    return format_table(("", "train", "val"), rows)
+
+
+def save_precision(evaluation: Mapping[str, Any], path: Path) -> None:
+    """Write pycocotools' accumulated arrays (`eval.pth`), as tensors and plain values.
+
+    Differs from official: no numpy arrays and no pycocotools object, so that the file loads with weights_only=True.
+
+    Args:
+        evaluation: `coco_eval["bbox"].eval`: `precision` (10 IoU, 101 recall, K, 4 areas, 3 maxDets), `recall`
+            (10, K, 4, 3), `scores` (as precision), `counts`, `date`, `params`.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    params = evaluation["params"]
+    content = {
+        "params": {
+            "imgIds": [int(value) for value in params.imgIds],
+            "catIds": [int(value) for value in params.catIds],
+            "iouThrs": torch.as_tensor(params.iouThrs),
+            "recThrs": torch.as_tensor(params.recThrs),
+            "maxDets": [int(value) for value in params.maxDets],
+            "areaRng": [[float(value) for value in pair] for pair in params.areaRng],
+            "iouType": params.iouType,
+        },
+        "counts": [int(value) for value in evaluation["counts"]],
+        "date": evaluation["date"],
+        **{name: torch.as_tensor(evaluation[name]) for name in ("precision", "recall", "scores")},
+    }
+    atomic_save(content, path)
+
+
+def open_tensorboard(folder: Path) -> Any:
+    """Open a TensorBoard writer.
+
+    Raises:
+        OptionError: the package is missing.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise OptionError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out")
+    return importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+
+
+def write_scalars(writer: Any, record: Mapping[str, Any], epoch: int) -> None:
+    """Write the numbers of a log line, `train_loss` as `train/loss`, the AP figures by name."""
+    for name, value in record.items():
+        prefix, _, rest = name.partition("_")
+        if name.endswith("coco_eval_bbox"):
+            for figure, number in zip(COCO_FIGURES, value, strict=True):
+                writer.add_scalar(f"{prefix}/{figure}", number, epoch)
+        elif prefix in ("train", "test") and isinstance(value, (int, float)) and not name.endswith("_unscaled"):
+            writer.add_scalar(f"{prefix}/{rest}", value, epoch)
+    writer.flush()
