@@ -1,0 +1,203 @@
+"""Batches from a data set. Each sample draws its own random numbers, whoever loads it and whenever.
+
+A sample's augmentation is seeded by (seed, epoch, image index) right before the sample is loaded, in python's and
+torch's generators, which the transforms draw from. So it does not depend on the number of workers, on the batch the
+image falls into, or on where a stopped run went on. The state of both generators is put back afterwards: loading in
+the main process takes no random number from training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+from .annotations import DatasetError, Target
+
+Sample = tuple[Tensor, Target]
+Batch = tuple[NestedTensor, tuple[Target, ...]]
+
+
+def collate_fn(batch: Sequence[Sample]) -> Batch:
+    """Pad a list of samples to one batch.
+
+    Returns:
+        (NestedTensor of B images, B targets).
+    """
+    images, targets = zip(*batch, strict=True)
+    return nested_tensor_from_tensor_list(images), targets
+
+
+def build_data_loader(
+    dataset: Dataset[Sample],
+    *,
+    batch_sampler: Sampler[list[int]],
+    num_workers: int,
+    seed: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """Build the loader of a data set.
+
+    Args:
+        dataset: yields (image (3, H, W), target).
+        batch_sampler: `TrainBatchSampler` or `EvalBatchSampler`; its ``epoch``, if it has one, enters the seeds.
+        num_workers: loading processes, 0 = load in this one.
+        seed: base of the samples' seeds.
+        pin_memory: copy batches into page-locked memory, for faster transfer to a GPU.
+
+    Returns:
+        Loader of (NestedTensor, targets); its length is that of a whole epoch. A `DatasetError` of a sample is raised
+        where the loader is iterated, with its sentence alone, from workers too.
+    """
+    samples = _SeededSamples(dataset, seed, num_workers)
+    return _Loader(
+        samples,
+        batch_sampler=_EpochKeys(batch_sampler),
+        num_workers=num_workers,
+        collate_fn=_collate_or_pass_error,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=samples.start_worker,
+        # Its own generator: the loader would otherwise draw a number from training's each time it is iterated.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@contextlib.contextmanager
+def naming_dead_workers(*loaders: DataLoader[Any] | None) -> Iterator[None]:
+    """Turn torch's words about a loading process that died into a sentence with the picture it was loading.
+
+    Torch notices the death in the main process wherever that is, in a training step for example.
+
+    Args:
+        loaders: those whose workers may die; None is passed over.
+
+    Raises:
+        DatasetError: a worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+        if found is None:
+            raise
+        pids = {int(pid) for pid in found[1].split(",")}
+        pictures = [name for loader in loaders if isinstance(loader, _Loader) for name in loader.pictures_in_work(pids)]
+        while_loading = f" while loading {', '.join(pictures)}" if pictures else " between two pictures"
+        raise DatasetError(
+            f"loading process {found[1]} {found[2].strip().rstrip('.')}{while_loading}; if memory is short lower "
+            "--num_workers, then go on with --resume auto"
+        ) from error
+
+
+@contextlib.contextmanager
+def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed python's and torch's (CPU) generators for one sample and put their state back afterwards."""
+    low, high = np.random.SeedSequence([seed, epoch, index]).generate_state(2).tolist()
+    python_state, torch_state = random.getstate(), torch.default_generator.get_state()
+    random.seed(low)
+    # Not torch.manual_seed, which would reseed the GPUs too.
+    torch.default_generator.manual_seed(high)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.default_generator.set_state(torch_state)
+
+
+class _EpochKeys(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index): workers that live on from epoch to epoch learn the epoch with the index."""
+
+    def __init__(self, batch_sampler: Sampler[list[int]]) -> None:
+        self.batch_sampler = batch_sampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = getattr(self.batch_sampler, "epoch", 0)
+        for batch in self.batch_sampler:
+            yield [(epoch, index) for index in batch]
+
+
+class _Loader(DataLoader[Any]):
+    """A loader that raises the data set's errors in this process.
+
+    Raised inside a worker, torch would turn the sentence into a page of traceback.
+    """
+
+    def pictures_in_work(self, pids: set[int]) -> list[str]:
+        """Return what the workers with these process ids were loading last."""
+        return cast("_SeededSamples", self.dataset).pictures_in_work(pids)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, DatasetError):
+                # A new one: an exception held by its own frame is a cycle, and torch takes 5 seconds per worker to stop
+                # workers found by the garbage collector.
+                raise DatasetError(str(batch))
+            yield batch
+
+
+def _collate_or_pass_error(batch: Sequence[Sample | DatasetError]) -> Batch | DatasetError:
+    error = next((sample for sample in batch if isinstance(sample, DatasetError)), None)
+    return error or collate_fn(cast("Sequence[Sample]", batch))
+
+
+class _SeededSamples(Dataset[Sample | DatasetError]):
+    """Samples of a data set by (epoch, index), each with its own random numbers; the error in place of a bad one."""
+
+    def __init__(self, dataset: Dataset[Sample], seed: int, num_workers: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        # Per worker its process id and the index it loads, -1 between two; shared, so that they outlive the worker.
+        self._in_work = torch.full((num_workers, 2), -1, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | DatasetError:
+        epoch, index = key
+        self._note(index)
+        with sample_randomness(self.seed, epoch, index):
+            try:
+                return self.dataset[index]
+            except DatasetError as error:
+                return error
+            finally:
+                self._note(-1)
+
+    def start_worker(self, worker_id: int) -> None:
+        """Prepare a worker: tell its process id, leave stop signals to the main process."""
+        self._in_work[worker_id, 0] = os.getpid()
+        # Slurm signals every process of a job. A worker that obeyed would make the step fail that is to be finished.
+        signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=_obey_only, args=(os.getppid(), signals), daemon=True).start()
+
+    def pictures_in_work(self, pids: set[int]) -> list[str]:
+        """Return what the workers with these process ids were loading last."""
+        indices = [index for pid, index in self._in_work.tolist() if pid in pids and index >= 0]
+        describe = getattr(self.dataset, "describe", "sample {}".format)
+        return [describe(index) for index in indices]
+
+    def _note(self, index: int) -> None:
+        worker = get_worker_info()
+        if worker is not None:
+            self._in_work[worker.id, 1] = index
+
+
+def _obey_only(parent: int, signals: set[signal.Signals]) -> None:
+    # The loader ends workers that do not end by themselves with SIGTERM: from the parent it has to work.
+    while signal.sigwaitinfo(signals).si_pid != parent:
+        pass
+    os._exit(0)
