@@ -1,0 +1,1 @@
+"""Layers shared by the transformers: attention, encodings, projections, heads."""

@@ -1,0 +1,1 @@
+"""Transformers of the family: encoders, decoders, two-stage proposals."""

@@ -1,0 +1,70 @@
+"""Matching against recorded official pairs and by its definition."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from models.matcher import HungarianMatcher
+from tests.golden_recipe import load_npz
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return {name: torch.from_numpy(a) for name, a in load_npz("functions.npz").items() if name.startswith("match/")}
+
+
+def _case(golden, case):
+    outputs = {name: golden[f"match/{case}/{name}"] for name in ("pred_logits", "pred_boxes")}
+    targets = [
+        {"labels": golden[f"match/{case}/labels{i}"], "boxes": golden[f"match/{case}/boxes{i}"]}
+        for i in range(len(outputs["pred_logits"]))
+    ]
+    return outputs, targets
+
+
+@pytest.mark.parametrize(("column", "alpha"), [("alpha0.25", 0.25), ("alpha0.6", 0.6), ("deformable", 0.25)])
+@pytest.mark.parametrize("case", "abcd")
+def test_matches_equal_official(golden, case, column, alpha):
+    outputs, targets = _case(golden, case)
+    pairs = HungarianMatcher(focal_alpha=alpha)(outputs, targets)
+    rows = [[i, int(q), int(t)] for i, (qs, ts) in enumerate(pairs) for q, t in zip(qs, ts, strict=True)]
+    assert rows == golden[f"match/{case}/{column}"].tolist()
+
+
+def test_match_is_the_cheapest_assignment():
+    torch.manual_seed(0)
+    outputs = {"pred_logits": torch.randn(1, 5, 4), "pred_boxes": torch.rand(1, 5, 4) * 0.5 + 0.2}
+    targets = [{"labels": torch.tensor([1, 3, 0]), "boxes": torch.rand(3, 4) * 0.5 + 0.2}]
+    matcher = HungarianMatcher()
+    cost = matcher.cost(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets, [3])[0, 0]
+    ((query, target),) = matcher(outputs, targets)
+    cheapest = min(sum(cost[q, t] for t, q in enumerate(qs)) for qs in itertools.permutations(range(5), 3))
+    torch.testing.assert_close(cost[query, target].sum(), cheapest)
+
+
+def test_layers_are_matched_independently_in_one_call():
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(3, 2, 6, 4), torch.rand(3, 2, 6, 4) * 0.5 + 0.2
+    targets = [{"labels": torch.tensor(labels), "boxes": torch.rand(len(labels), 4)} for labels in ([1, 3], [0])]
+    matcher = HungarianMatcher()
+    together = matcher.match_layers(logits, boxes, targets)
+    assert together.image.tolist() == [0, 0, 1] and together.counts == [2, 1]
+    for layer in range(3):
+        pairs = matcher({"pred_logits": logits[layer], "pred_boxes": boxes[layer]}, targets)
+        assert together.query[layer].tolist() == torch.cat([q for q, _ in pairs]).tolist()
+        assert together.target[layer].tolist() == [*pairs[0][1].tolist(), *(pairs[1][1] + 2).tolist()]
+
+
+def test_a_prediction_that_is_not_a_number_is_matched_last():
+    outputs = {"pred_logits": torch.zeros(1, 3, 2), "pred_boxes": torch.full((1, 3, 4), 0.5)}
+    outputs["pred_boxes"][0, 0] = float("nan")
+    ((query, _),) = HungarianMatcher()(outputs, [{"labels": torch.tensor([0, 1]), "boxes": torch.rand(2, 4)}])
+    assert query.tolist() == [1, 2]
+
+
+def test_all_costs_zero_is_refused():
+    with pytest.raises(ValueError, match="nothing to match by"):
+        HungarianMatcher(cost_class=0, cost_bbox=0, cost_giou=0)
