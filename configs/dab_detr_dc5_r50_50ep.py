@@ -1,0 +1,17 @@
+r"""DAB-DETR DC5-R50, 50 epochs.
+
+From: DAB-DETR (ICLR 2022), Table 2.
+Expected on COCO val2017: AP 44.5, AP50 65.1, AP75 47.7, APs 25.3, APm 48.2, APl 62.3.
+Training: 16 GPUs x 1 image, 50 epochs. Trainable parameters: 43,449,117.
+
+    MASTER_ADDR=HOST0 NODE_RANK=0 GPUS_PER_NODE=8 tools/run_dist_launch.sh 16 python main.py \
+        --config_file configs/dab_detr_dc5_r50_50ep.py --coco_path COCO \
+        --output_dir outputs/dab_detr_dc5_r50_50ep
+
+On the second host the same with NODE_RANK=1; HOST0 is the address of the first.
+"""
+
+_base_ = "dab_detr_r50_50ep.py"
+
+dilation = True
+batch_size = 1

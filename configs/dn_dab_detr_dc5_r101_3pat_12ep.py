@@ -1,0 +1,16 @@
+r"""DN-DETR DC5-R101 with 3 patterns, 12 epochs.
+
+From: DN-DETR (CVPR 2022; extended version, arXiv 2203.01305), Table 2.
+Expected on COCO val2017: AP 42.8, AP50 62.9, AP75 45.7, APs 23.3, APm 46.6, APl 61.3.
+Training: 16 GPUs x 1 image, 12 epochs. Trainable parameters: 62,413,249.
+
+    MASTER_ADDR=HOST0 NODE_RANK=0 GPUS_PER_NODE=8 tools/run_dist_launch.sh 16 python main.py \
+        --config_file configs/dn_dab_detr_dc5_r101_3pat_12ep.py --coco_path COCO \
+        --output_dir outputs/dn_dab_detr_dc5_r101_3pat_12ep
+
+On the second host the same with NODE_RANK=1; HOST0 is the address of the first.
+"""
+
+_base_ = "dn_dab_detr_dc5_r50_3pat_12ep.py"
+
+backbone = "resnet101"

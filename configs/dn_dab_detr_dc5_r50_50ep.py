@@ -1,0 +1,17 @@
+r"""DN-DETR DC5-R50, 50 epochs.
+
+From: DN-DETR (CVPR 2022; extended version, arXiv 2203.01305), Table 1.
+Expected on COCO val2017: AP 46.3, AP50 66.4, AP75 49.7, APs 26.7, APm 50.0, APl 64.3.
+Training: 16 GPUs x 1 image, 50 epochs. Trainable parameters: 43,472,577.
+
+    MASTER_ADDR=HOST0 NODE_RANK=0 GPUS_PER_NODE=8 tools/run_dist_launch.sh 16 python main.py \
+        --config_file configs/dn_dab_detr_dc5_r50_50ep.py --coco_path COCO \
+        --output_dir outputs/dn_dab_detr_dc5_r50_50ep
+
+On the second host the same with NODE_RANK=1; HOST0 is the address of the first.
+"""
+
+_base_ = "dn_dab_detr_r50_50ep.py"
+
+dilation = True
+batch_size = 1

@@ -1,0 +1,1 @@
+"""Names and options of other code bases, as `tools/convert_checkpoint.py` translates them."""
