@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Count, measure, print the table, and return the exit code."""
+def main(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Count, measure, print the table, and return the exit code; `arguments` are what `args` was parsed from."""
     device, size = torch.device(args.device), (args.size[0], args.size[1])
     argv = ["-m", args.modelname] if args.modelname else []
     argv += ["--config_file", args.config_file] if args.config_file else []
