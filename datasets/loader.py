@@ -14,7 +14,10 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import numpy as np
@@ -87,19 +90,47 @@ def naming_dead_workers(*loaders: DataLoader[Any] | None) -> Iterator[None]:
     Raises:
         DatasetError: a worker died.
     """
+    own = [loader for loader in loaders if isinstance(loader, _Loader)]
     try:
         yield
-    except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
-        if found is None:
+    except (RuntimeError, OSError, EOFError) as error:
+        death = _death_in(error) or (None if isinstance(error, RuntimeError) else _await_death(own))
+        if death is None:
             raise
-        pids = {int(pid) for pid in found[1].split(",")}
-        pictures = [name for loader in loaders if isinstance(loader, _Loader) for name in loader.pictures_in_work(pids)]
+        pids, how = death
+        pictures = [name for loader in own for name in loader.pictures_in_work(pids)]
         while_loading = f" while loading {', '.join(pictures)}" if pictures else " between two pictures"
         raise DatasetError(
-            f"loading process {found[1]} {found[2].strip().rstrip('.')}{while_loading}; if memory is short lower "
+            f"loading process {', '.join(map(str, sorted(pids)))} {how}{while_loading}; if memory is short lower "
             "--num_workers, then go on with --resume auto"
         ) from error
+
+
+def _death_in(error: BaseException) -> tuple[set[int], str] | None:
+    """Find torch's words about dead workers: their process ids and how they ended."""
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+    return found and ({int(pid) for pid in found[1].split(",")}, found[2].strip().rstrip("."))
+
+
+def _await_death(loaders: Sequence[_Loader]) -> tuple[set[int], str] | None:
+    """Wait for a worker's end; None if none comes, then the connection broke for another reason.
+
+    A batch is fetched from the worker that made it. When that worker is killed in between, the connection breaks
+    before its death is known.
+    """
+    workers = [worker for loader in loaders for worker in loader.workers()]
+    if not workers:
+        return None
+    # Torch tells of a death in a signal handler, that is, wherever this process is.
+    with contextlib.suppress(RuntimeError):
+        wait([worker.sentinel for worker in workers], timeout=10)
+        time.sleep(1)
+    codes = {worker.pid: worker.exitcode for worker in workers if worker.pid and worker.exitcode}
+    if not codes:
+        return None
+    return set(codes), "exited unexpectedly: " + ", ".join(
+        signal.strsignal(-code) or "killed" if code < 0 else f"status {code}" for code in codes.values()
+    )
 
 
 @contextlib.contextmanager
@@ -137,6 +168,10 @@ class _Loader(DataLoader[Any]):
 
     Raised inside a worker, torch would turn the sentence into a page of traceback.
     """
+
+    def workers(self) -> list[BaseProcess]:
+        """Return the loading processes that were started."""
+        return getattr(self._iterator, "_workers", [])
 
     def pictures_in_work(self, pids: set[int]) -> list[str]:
         """Return what the workers with these process ids were loading last."""

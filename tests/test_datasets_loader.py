@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 
 import pytest
 import torch
 
-from datasets import TrainBatchSampler, build_data_loader, build_dataset, collate_fn
+from datasets import (
+    DatasetError,
+    TrainBatchSampler,
+    build_data_loader,
+    build_dataset,
+    collate_fn,
+    naming_dead_workers,
+)
 from datasets.coco import CocoDetection
 from datasets.loader import Batch, sample_randomness
 from tests.dataset_helpers import small_options, write_data_set
@@ -135,3 +144,22 @@ def test_sample_randomness_depends_on_all_three_numbers() -> None:
         with sample_randomness(*key):
             draws.add((random.random(), float(torch.rand(()))))
     assert len({python for python, _ in draws}) == len({value for _, value in draws}) == 4
+
+
+def test_broken_connection_to_a_killed_worker_names_it(dataset: CocoDetection) -> None:
+    sampler = TrainBatchSampler(len(dataset), batch_size=2, seed=1)
+    loader = build_data_loader(dataset, batch_sampler=sampler, num_workers=1, seed=3)
+    batches = iter(loader)
+    next(batches)
+    pid = loader.workers()[0].pid
+    # Torch may tell of the death before the connection is found broken.
+    with pytest.raises(DatasetError, match=rf"loading process {pid} .*Killed"), naming_dead_workers(loader, None):
+        os.kill(pid, signal.SIGKILL)
+        raise ConnectionResetError("Connection reset by peer")
+
+
+def test_broken_connection_to_somebody_else_is_not_a_dead_worker(dataset: CocoDetection) -> None:
+    sampler = TrainBatchSampler(len(dataset), batch_size=2, seed=1)
+    loader = build_data_loader(dataset, batch_sampler=sampler, num_workers=0, seed=3)
+    with pytest.raises(ConnectionResetError), naming_dead_workers(loader):
+        raise ConnectionResetError("Connection reset by peer")
