@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +53,6 @@ SMALL = (
     "--data_aug_scales 64 --data_aug_scales2_resize 64 --data_aug_scales2_crop 48 64 --data_aug_max_size 96 "
     "--eval_scale 64"
 )
-
-
-@pytest.fixture(autouse=True)
-def _root_logger_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def shared_data(name: str) -> Path:
