@@ -92,7 +92,7 @@ PLANTED: list[tuple[str, Change, str, str]] = [
     ("unknown_image", put("annotations", 2, image_id=99), "annotation 3, image 99", "99"),
     ("unknown_image", put("annotations", 2, image_id=None), "annotation 3, image None", "None"),
     ("unknown_category", put("annotations", 2, category_id=2), "annotation 3, image 2 (2.png)", "2"),
-    ("segmentation_only", put("annotations", 2, bbox=None, segmentation=[[1, 1, 5, 1, 5, 5]]), "annotation 3", "no bbox"),
+    ("segmentation_only", put("annotations", 2, bbox=None, segmentation=[[1, 1, 5]]), "annotation 3", "no bbox"),
     ("malformed_box", drop("annotations", 2, "bbox"), "annotation 3", "no bbox"),
     ("malformed_box", put("annotations", 2, bbox=[1, 2, 3]), "annotation 3", "[1, 2, 3]"),
     ("malformed_box", put("annotations", 2, bbox=[1, math.nan, 3, 4]), "annotation 3", "nan"),
@@ -172,7 +172,7 @@ def test_check_broken_file_is_one_problem_each(root: Path, text: str) -> None:
 
 def test_check_missing_annotation_file(root: Path) -> None:
     split_paths(root, "val").annotation_file.unlink()
-    assert [problem.kind for problem in problems(root)][0] == "annotation_file"
+    assert next(problem.kind for problem in problems(root)) == "annotation_file"
 
 
 def test_check_missing_and_unlisted_picture(root: Path) -> None:

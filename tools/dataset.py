@@ -11,7 +11,7 @@ from datasets import DatasetError
 from util.errors import OptionError
 
 # Each is a room tools/data/<name>.py with HELP, add_arguments(parser) and main(args).
-SUBCOMMANDS = ("check", "convert")
+SUBCOMMANDS = ("check", "convert", "stats", "split", "preview")
 
 
 def build_parser() -> argparse.ArgumentParser:
