@@ -240,43 +240,32 @@ def test_class_list_decides_ids_and_knows_all_classes(tmp_path: Path) -> None:
     assert [entry["category_id"] for entry in content["annotations"]] == [3, 1, 1]
 
 
-def yolo_row(text: str) -> Callable[[Path], Path]:
+def edited(write_source: Callable[[Path], Path], path: str, edit: Callable[[str], str]) -> Callable[[Path], Path]:
+    """Return a function that writes the data set with one file changed."""
+
     def write(root: Path) -> Path:
-        source = write_yolo(root)
-        path = root / "labels" / "train" / "c.txt"
-        path.write_text(f"{path.read_text()}\n{text}\n")
+        source = write_source(root)
+        content = (root / path).read_bytes().decode("latin-1")
+        (root / path).write_bytes(edit(content).encode("latin-1"))
         return source
 
     return write
+
+
+def yolo_row(row: str) -> Callable[[Path], Path]:
+    return edited(write_yolo, "labels/train/c.txt", lambda text: f"{text}\n{row}\n")
 
 
 def voc_text(old: str, new: str) -> Callable[[Path], Path]:
-    def write(root: Path) -> Path:
-        source = write_voc(root)
-        path = root / "Annotations" / "c.xml"
-        path.write_text(path.read_text().replace(old, new))
-        return source
-
-    return write
+    return edited(write_voc, "Annotations/c.xml", lambda text: text.replace(old, new))
 
 
-def csv_row(text: str) -> Callable[[Path], Path]:
-    def write(root: Path) -> Path:
-        source = write_csv(root)
-        with (root / "train.csv").open("a") as file:
-            file.write(text + "\n")
-        return source
-
-    return write
+def csv_row(row: str) -> Callable[[Path], Path]:
+    return edited(write_csv, "train.csv", lambda text: f"{text}{row}\n")
 
 
 def broken_picture(write_source: Callable[[Path], Path], path: str) -> Callable[[Path], Path]:
-    def write(root: Path) -> Path:
-        source = write_source(root)
-        (root / path).write_bytes(b"no picture")
-        return source
-
-    return write
+    return edited(write_source, path, lambda text: "no picture")
 
 
 BAD = [
