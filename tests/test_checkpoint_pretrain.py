@@ -44,6 +44,19 @@ def test_class_rows_are_matched_by_name() -> None:
     assert torch.equal(own.label_enc.weight[-1], source.label_enc.weight[-1])
 
 
+def test_report_names_the_classes_taken_and_the_new_ones() -> None:
+    report = load_pretrained(
+        Detector(4),
+        Detector(3).state_dict(),
+        source_classes=["N/A", "Cat", "dog"],
+        model_classes=["N/A", "fox", "cat", "x"],
+    )
+    assert (report.classes_taken, report.classes_new) == (["cat"], ["fox", "x"])
+    assert "classes known to the checkpoint: cat; classes that start anew: fox, x" in str(report)
+    unmatched = load_pretrained(Detector(3), Detector(3).state_dict())
+    assert unmatched.classes_taken == unmatched.classes_new == []
+
+
 def test_equal_counts_with_other_names_are_matched_by_name_too() -> None:
     source, own = Detector(2), Detector(2)
     load_pretrained(own, source.state_dict(), source_classes=["a", "b"], model_classes=["b", "c"])

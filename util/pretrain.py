@@ -23,6 +23,8 @@ class PretrainReport(NamedTuple):
 
     Attributes:
         taken: names copied whole; by_class: names of which the rows of classes with equal names were copied.
+        classes_taken, classes_new: the model's classes whose rows were copied, and those that keep initial values;
+            empty when rows were not matched by name.
         ignored: left out on request; unfit: of another shape or unknown to the model; untouched: the model's names
             that got nothing.
     """
@@ -32,10 +34,14 @@ class PretrainReport(NamedTuple):
     ignored: list[str]
     unfit: list[str]
     untouched: list[str]
+    classes_taken: list[str]
+    classes_new: list[str]
 
     def __str__(self) -> str:
         lines = [f"took {len(self.taken)} tensors whole and {len(self.by_class)} by class name"]
         for what, names in (
+            ("classes known to the checkpoint", self.classes_taken),
+            ("classes that start anew", self.classes_new),
             ("left out on request", self.ignored),
             ("does not fit", self.unfit),
             ("keeps its initial value", self.untouched),
@@ -94,7 +100,7 @@ def load_pretrained(
     names_known = bool(source_classes) and bool(model_classes)
     pairs = matching_classes(source_classes or (), model_classes or ()) if names_known else []
     same_classes = not names_known or list(source_classes or ()) == list(model_classes or ())
-    report = PretrainReport([], [], [], [], [])
+    report = PretrainReport([], [], [], [], [], [], [])
     fitted: dict[str, Tensor] = {}
     for name, value in weights.items():
         if any(part in name for part in ignore):
@@ -114,6 +120,11 @@ def load_pretrained(
     if not fitted:
         raise CheckpointError(f"none of the checkpoint's {len(weights)} tensors fits the model: is it another model's?")
     report.untouched.extend(name for name in own if name not in fitted)
+    if report.by_class:
+        known = {label for _, label in pairs}
+        used = [(label, name) for label, name in enumerate(model_classes or ()) if name not in UNUSED_NAMES]
+        report.classes_taken.extend(name for label, name in used if label in known)
+        report.classes_new.extend(name for label, name in used if label not in known)
     model.load_state_dict(fitted, strict=False)
     _log.info("weights: %s", report)
     return report
