@@ -335,6 +335,13 @@ def test_wrong_usage_is_one_sentence(
     assert words in error and error.count("\n") == 1
 
 
+def test_text_of_another_encoding_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_yolo(tmp_path / "in").unlink()
+    (tmp_path / "in" / "classes.txt").write_bytes("Käfer\n".encode("latin-1"))
+    convert(tmp_path / "in", tmp_path / "out", "yolo", status=1)
+    assert "is no UTF-8 text" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_csv(tmp_path / "in")
     convert(source, tmp_path / "out", "csv")

@@ -52,7 +52,7 @@ def _from_yaml(path: Path) -> tuple[list[str], dict[str, tuple[Path, list[Path]]
         raise OptionError(f"reading {path} needs PyYAML: pip install pyyaml, or write a classes.txt") from error
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise OptionError(f"{path} is no YAML ({str(error).splitlines()[0]}): correct it") from error
     if not isinstance(content, dict) or "names" not in content:
         raise OptionError(f"{path}: expected the keys names, train and val; add the class names")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets.annotations import DatasetError
 from tools.data.pictures import Picture, is_picture, read_pictures
 
 
@@ -136,9 +137,20 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines of a text file that hold anything, with their numbers from 1."""
-    # utf-8-sig: files written on Windows begin with a byte order mark.
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    """Return the lines of a text file that hold anything, with their numbers from 1.
+
+    Raises:
+        DatasetError: the file cannot be read, or is no UTF-8.
+    """
+    try:
+        # utf-8-sig: files written on Windows begin with a byte order mark.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise DatasetError(f"cannot read {path} ({error.strerror}): check its permissions") from error
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
