@@ -11,7 +11,7 @@ import torch
 import main
 from datasets.coco_names import COCO_NAMES
 from tests.dataset_helpers import shared_data
-from tests.test_main import SMALL, _root_logger_as_before  # noqa: F401
+from tests.test_main import SMALL
 from util.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
