@@ -52,8 +52,6 @@ def convert(source: Path, target: Path, *model: str) -> dict[str, Any]:
     """Run the tool and read what it wrote."""
     command = [str(source), str(target), *(["--", *model] if model else [])]
     assert convert_checkpoint.main(command) == 0
-    if target.suffix == ".safetensors":
-        return convert_checkpoint.read_safetensors(target)
     return load_checkpoint(target)
 
 

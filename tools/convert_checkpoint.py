@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import main as program
 from datasets.coco_names import COCO_NAMES
 from models import build_model
 from tools.conversion import hugging_face
-from util.checkpoint import atomic_save, load_checkpoint, model_weights
+from util.checkpoint import SAFETENSORS, atomic_save, load_checkpoint, model_weights
 from util.errors import CheckpointError
 from util.pretrain import class_count
 
@@ -40,6 +39,9 @@ MODEL_OPTIONS = (
     *("two_stage", "with_box_refine", "num_feature_levels", "dec_n_points", "enc_n_points", "use_dn"),
     *("use_mqs", "use_lft", "aux_loss", "num_classes"),
 )
+# Options that say what pictures the detector is used to, and what its labels stand for.
+DATA_OPTIONS = ("eval_scale", "data_aug_max_size", "label_mapping")
+KEPT_OPTIONS = (*MODEL_OPTIONS, *DATA_OPTIONS)
 # The official code never reads these; its DINO-style model always does the first two, its batch norm is always frozen.
 UNREAD = ("use_mqs", "use_lft", "batch_norm_type")
 SHARDED = "model.safetensors.index.json"
@@ -53,14 +55,23 @@ class Source(NamedTuple):
         weights: name -> tensor.
         options: what the file says about its model, our names.
         class_names: of every label, None where the file is silent.
+        category_ids: of every label in the data set it was trained on, likewise.
         ordered: the order of the weights means something; files of safetensors have their own.
+        averaged: the weights are the average of `--ema`.
     """
 
     kind: str
     weights: dict[str, Tensor]
     options: dict[str, Any]
     class_names: Sequence[str] | None
+    category_ids: Sequence[int] | None
     ordered: bool
+    averaged: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weights are those of a whole detector, not of a part of one."""
+        return self.kind not in ("backbone", "conditional_detr")
 
     def named_as_ours(self) -> dict[str, Tensor]:
         """Return the weights under our names."""
@@ -83,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = model_options(source, arguments[split + 1 :])
         weights, missing = convert(source, options, args.input)
         names = class_names(source, weights)
-        write(args.output, weights, vars(options), names)
+        write(args.output, weights, vars(options), names, source.category_ids)
     except (CheckpointError, ValueError) as error:
         sys.stderr.write(f"convert_checkpoint: error: {error}\n")
         return 1
@@ -93,8 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_source(path: Path, *, ema: bool = False) -> Source:
+def read_source(path: Path, *, ema: bool | None = False) -> Source:
     """Read a file or a folder and see what it is.
+
+    Args:
+        ema: take the averaged weights; None takes them where there are some.
 
     Raises:
         CheckpointError: nothing readable, or averaged weights were asked for and there are none.
@@ -102,8 +116,9 @@ def read_source(path: Path, *, ema: bool = False) -> Source:
     folder = path if path.is_dir() else path.parent
     config_file = folder / "config.json"
     file = weights_file(path) if path.is_dir() else path
-    content = read_safetensors(file) if file.suffix == ".safetensors" else load_checkpoint(file)
-    if ema:
+    content = load_checkpoint(file)
+    averaged = "ema" in content if ema is None else ema
+    if averaged:
         if "ema" not in content:
             raise CheckpointError(f"{file} holds no averaged weights: leave out --ema")
         content = {**content, "model": content["ema"]["model"]}
@@ -113,11 +128,12 @@ def read_source(path: Path, *, ema: bool = False) -> Source:
             raise CheckpointError(f"expected transformers' config.json beside {file}: pass the folder of the model")
         config = json.loads(config_file.read_text(encoding="utf-8"))
         options = hugging_face.options_of(config)
-        return Source(config["model_type"], weights, options, hugging_face.class_names_of(config), False)
+        return Source(config["model_type"], weights, options, hugging_face.class_names_of(config), None, False)
     if any(name.startswith("transformer.") for name in weights):
-        ordered = file.suffix != ".safetensors"
-        return Source("detector", weights, stored_options(content), content.get("class_names"), ordered)
-    return Source("backbone", weights, {}, None, False)
+        ordered = file.suffix != SAFETENSORS
+        names, categories = content.get("class_names"), content.get("category_ids")
+        return Source("detector", weights, stored_options(content), names, categories, ordered, averaged)
+    return Source("backbone", weights, {}, None, None, False)
 
 
 def weights_file(folder: Path) -> Path:
@@ -134,28 +150,14 @@ def weights_file(folder: Path) -> Path:
     raise CheckpointError(f"no model.safetensors or pytorch_model.bin in {folder}: pass a file or another folder")
 
 
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Read tensors and what this tool writes beside them.
-
-    Raises:
-        CheckpointError: there is no such file.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}: check the path")
-    with safe_open(path, framework="pt") as file:
-        beside = file.metadata() or {}
-    content: dict[str, Any] = {"model": load_file(path)}
-    return content | {key: json.loads(beside[key]) for key in ("options", "class_names") if key in beside}
-
-
 def stored_options(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a detector's file: ours under "options", official ones under "args"."""
     if "options" in content:
-        return {name: content["options"][name] for name in MODEL_OPTIONS if name in content["options"]}
+        return {name: content["options"][name] for name in KEPT_OPTIONS if name in content["options"]}
     if "args" not in content:
         return {}
     official = {"modelname": "deformable_detr", **vars(content["args"])}
-    return {name: official[name] for name in MODEL_OPTIONS if name in official and name not in UNREAD}
+    return {name: official[name] for name in KEPT_OPTIONS if name in official and name not in UNREAD}
 
 
 def model_options(source: Source, given: Sequence[str]) -> argparse.Namespace:
@@ -198,7 +200,7 @@ def convert(source: Source, options: argparse.Namespace, path: Path) -> tuple[di
     weights = source.named_as_ours()
     if source.kind in hugging_face.RULES:
         weights = hugging_face.fill_tied_heads(fill_aliases(model, weights), model.state_dict())
-    return check(model, weights, partial=source.kind == "conditional_detr", ordered=source.ordered)
+    return check(model, weights, partial=not source.is_whole, ordered=source.ordered)
 
 
 def fill_aliases(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -261,18 +263,26 @@ def class_names(source: Source, weights: Mapping[str, Tensor]) -> list[str] | No
     return None
 
 
-def write(path: Path, weights: Mapping[str, Tensor], options: Mapping[str, Any], names: Sequence[str] | None) -> None:
+def write(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    names: Sequence[str] | None,
+    category_ids: Sequence[int] | None = None,
+) -> None:
     """Write a checkpoint with its options and class names; every code base of the family reads its "model".
 
     Raises:
         CheckpointError: the name ends in neither .pth nor .safetensors, or the file cannot be written.
     """
-    beside: dict[str, Any] = {"options": {name: options[name] for name in MODEL_OPTIONS}}
+    beside: dict[str, Any] = {"options": {name: options[name] for name in KEPT_OPTIONS}}
     if names is not None:
         beside["class_names"] = list(names)
+    if category_ids is not None:
+        beside["category_ids"] = list(category_ids)
     if path.suffix == ".pth":
         atomic_save({"model": dict(weights), **beside}, path)
-    elif path.suffix == ".safetensors":
+    elif path.suffix == SAFETENSORS:
         # The format has no two names for one tensor.
         tensors = {name: value.detach().clone().contiguous() for name, value in weights.items()}
         metadata = {"format": "pt", **{key: json.dumps(value) for key, value in beside.items()}}

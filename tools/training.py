@@ -92,6 +92,7 @@ def build_run(
         model, criterion, postprocessors = build_model(args)
         wrapped = wrap_model(model.to(device), device, find_unused_parameters=args.find_unused_params)
         state = build_run_state(model, device, args, val_data.class_names)
+        state.category_ids = val_data.labels_to_categories(torch.arange(args.num_classes)).tolist()
     except ValueError as error:
         raise OptionError(str(error)) from error
     return Run(

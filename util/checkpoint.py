@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import pickle
@@ -15,11 +16,13 @@ from urllib.error import URLError
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from .distributed import barrier, is_main_process
 from .errors import CheckpointError
 
 LATEST = "checkpoint.pth"
+SAFETENSORS = ".safetensors"
 _log = logging.getLogger(__name__)
 
 
@@ -77,14 +80,17 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU; only tensors, plain values and an options namespace are accepted.
 
     Args:
-        source: a file, or an https address (fetched once by process 0 into torch hub's folder).
+        source: a file, or an https address (fetched once by process 0 into torch hub's folder). A name that ends in
+            .safetensors is read as that format, see `read_safetensors`.
 
     Raises:
         CheckpointError: missing, damaged, not a checkpoint, or in need of unpickling other objects.
     """
-    path = _download(str(source)) if urlsplit(str(source)).scheme in ("http", "https") else Path(source).expanduser()
+    path = local_file(source)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}: check the path")
+    if path.suffix == SAFETENSORS:
+        return read_safetensors(path)
     try:
         _check_sums(path)
         # Official files hold the options as an argparse.Namespace.
@@ -102,6 +108,34 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"expected a checkpoint with the entry 'model', {path} holds a {type(content).__name__}")
     return content
+
+
+def local_file(source: str | Path) -> Path:
+    """Return the path of a file; one behind an https address is fetched first.
+
+    Raises:
+        CheckpointError: the address is not https, or cannot be fetched.
+    """
+    return _download(str(source)) if urlsplit(str(source)).scheme in ("http", "https") else Path(source).expanduser()
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Read the weights of a safetensors file, and what `tools.convert_checkpoint` writes beside them.
+
+    Returns:
+        `model`; `options`, `class_names` and `category_ids` where the file has them.
+
+    Raises:
+        CheckpointError: damaged, or no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            beside = file.metadata() or {}
+        entries = {key: json.loads(beside[key]) for key in ("options", "class_names", "category_ids") if key in beside}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    return {"model": weights, **entries}
 
 
 def model_weights(content: Mapping[str, Any], source: str | Path) -> dict[str, torch.Tensor]:

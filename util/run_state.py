@@ -37,7 +37,7 @@ class RunState:
         step: optimizer steps done.
         batches_done: batches of `epoch` already trained on by this process.
         images_per_batch: images of one batch of all processes together.
-        class_names: class of every label.
+        class_names: class of every label; category_ids: its id in the annotation file.
         options: all options as plain values.
         stop_on_save_error: raise when a checkpoint cannot be written, or only say so.
         saved_at: when `checkpoint.pth` was last written, or tried to, in `time.monotonic` seconds.
@@ -53,6 +53,7 @@ class RunState:
     batches_done: int = 0
     images_per_batch: int = 1
     class_names: Sequence[str] = ()
+    category_ids: Sequence[int] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     stop_on_save_error: bool = True
     saved_at: float = field(default_factory=time.monotonic)
@@ -77,6 +78,7 @@ class RunState:
             "images_per_batch": self.images_per_batch,
             "rng": all_gather_object(get_rng_state()),
             "class_names": list(self.class_names),
+            "category_ids": list(self.category_ids),
             "options": dict(self.options),
             "versions": {"torch": str(torch.__version__), "format": FORMAT_VERSION},
         }
