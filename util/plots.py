@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from .box_ops import box_cxcywh_to_xyxy
@@ -100,8 +101,10 @@ def draw_predictions(
         found = zip(result["labels"][kept].tolist(), result["scores"][kept].tolist(), strict=True)
         found_texts = [f"{_class_name(class_names, label)} {score:.2f}" for label, score in found]
         picture = to_picture(image)
-        left = _draw_boxes(picture, true_xyxy, texts, target["labels"], width)
-        right = _draw_boxes(picture, result["boxes"][kept].cpu(), found_texts, result["labels"][kept], width)
+        factor = width / picture.width
+        picture = picture.resize((width, max(1, round(picture.height * factor))))
+        left = draw_boxes(picture, true_xyxy * factor, texts, target["labels"])
+        right = draw_boxes(picture, result["boxes"][kept].cpu() * factor, found_texts, result["labels"][kept])
         rows.append((left, right))
     height = TITLE_HEIGHT + sum(left.height + MARGIN for left, _ in rows)
     sheet = Image.new("RGB", (2 * width + 3 * MARGIN, height + MARGIN), "white")
@@ -151,21 +154,44 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _draw_boxes(
-    picture: Image.Image, boxes_xyxy: Tensor, texts: Sequence[str], labels: Tensor, width: int
-) -> Image.Image:
-    factor = width / picture.width
-    drawn = picture.resize((width, max(1, round(picture.height * factor))))
+def draw_boxes(picture: Image.Image, boxes_xyxy: Tensor, texts: Sequence[str], labels: Tensor) -> Image.Image:
+    """Return a copy of a picture with labelled boxes; lines and letters grow with the picture.
+
+    Args:
+        picture: RGB.
+        boxes_xyxy: (n, 4) in pixels; later ones are drawn over earlier ones.
+        texts: n short texts.
+        labels: (n,), which decide the colours.
+    """
+    drawn = picture.copy()
     draw = ImageDraw.Draw(drawn)
-    font = ImageFont.load_default(size=11)
-    for box, text, label in zip((boxes_xyxy * factor).tolist(), texts, labels.tolist(), strict=True):
+    diagonal = math.hypot(*picture.size)
+    line, font = max(2, round(diagonal / 400)), ImageFont.load_default(size=max(11, round(diagonal / 55)))
+    for box, text, label in zip(boxes_xyxy.tolist(), texts, labels.tolist(), strict=True):
         color = COLORS[label % len(COLORS)]
         left, top, right, bottom = box
-        draw.rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)), outline=color, width=2)
-        anchor = (max(left, 0), max(top - 13, 0))
-        draw.rectangle(draw.textbbox(anchor, text, font=font), fill=color)
-        draw.text(anchor, text, fill="black", font=font)
+        outline = (min(left, right), min(top, bottom), max(left, right), max(top, bottom))
+        draw.rectangle(outline, outline=color, width=line)
+        _draw_label(draw, outline, text, color, font)
     return drawn
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw,
+    outline: tuple[float, float, float, float],
+    text: str,
+    color: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    """Write a text on a coloured ground above a box, inside the picture."""
+    _, _, width, height = draw.textbbox((0, 0), text, font=font)
+    left = max(0, min(outline[0], draw.im.size[0] - width - 1))
+    top = max(0, outline[1] - height - 2)
+    draw.rectangle((left, top, left + width + 1, top + height + 1), fill=color)
+    red, green, blue = ImageColor.getrgb(color)[:3]
+    # The weights of the eye's sensitivity; the middle lies where black and white read equally well.
+    is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 110
+    draw.text((left + 1, top), text, fill="white" if is_dark else "black", font=font)
 
 
 def _curve(
