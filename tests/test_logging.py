@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import sys
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from util.errors import OptionError
 from util.logger import METRIC_LOGGER, append_json_line, format_table, setup_logging
 from util.progress import format_seconds, peak_memory_mib, progress_line, track
-from util.reports import epoch_record, epoch_table, open_tensorboard, save_precision, write_scalars
+from util.reports import epoch_record, epoch_table, record_scalars, save_precision
 
 
 class Terminal(io.StringIO):
@@ -177,28 +175,7 @@ def test_precision_file_loads_without_running_code(tmp_path: Path) -> None:
     assert loaded["params"]["imgIds"] == [0, 1] and loaded["recall"].sum() == 120
 
 
-def test_tensorboard_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(OptionError, match="pip install tensorboard"):
-        open_tensorboard(tmp_path)
-
-
-def test_tensorboard_gets_losses_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            self.folder, self.scalars, self.flushed = folder, {}, False  # type: ignore[var-annotated]
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            self.scalars[name, step] = value
-
-        def flush(self) -> None:
-            self.flushed = True
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    writer = open_tensorboard(tmp_path)
+def test_scalars_of_a_record_are_losses_and_figures() -> None:
     record = {
         "train_loss": 1.0,
         "train_loss_ce_unscaled": 9.0,
@@ -206,7 +183,6 @@ def test_tensorboard_gets_losses_and_figures(tmp_path: Path, monkeypatch: pytest
         "epoch": 4,
         "note": "x",
     }
-    write_scalars(writer, record, 4)
-    assert writer.folder == str(tmp_path) and writer.flushed
-    assert writer.scalars["train/loss", 4] == 1.0 and writer.scalars["test/AP50", 4] == 0.1
-    assert len(writer.scalars) == 13
+    scalars = record_scalars(record)
+    assert scalars["train/loss"] == 1.0 and scalars["test/AP50"] == 0.1
+    assert len(scalars) == 13

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -140,8 +140,8 @@ def predict(args: argparse.Namespace, model_options: Sequence[str]) -> list[str]
             stack.callback(writer.close)
         results = detect(predictor, load(predictor, inputs, pool, args.num_workers + args.batch_size, fail))
         total = sum(map(number_of_pictures, inputs))
-        show = {"describe": lambda: f"{done['objects']} objects", "every": max(1, min(50, total // 10))}
-        for result in track(results, total=total, header="predict", **show):
+        tell: dict[str, Any] = {"describe": lambda: f"{done['objects']} objects", "every": max(1, min(50, total // 10))}
+        for result in track(results, total=total, header="predict", **tell):
             done.update(pictures=1, objects=len(result.found))
             for writer in writers:
                 writer.add(result)

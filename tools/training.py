@@ -27,9 +27,10 @@ from util.distributed import DelayedVote, all_gather_object, get_rank, is_main_p
 from util.errors import OptionError
 from util.logger import append_json_line
 from util.plots import draw_examples, plot_logs
-from util.reports import epoch_record, epoch_table, open_tensorboard, save_precision, write_scalars
+from util.reports import epoch_record, epoch_table, record_scalars, save_precision
 from util.run_state import RunState, build_run_state
 from util.signals import StopRequested, StopSignals
+from util.trackers import Trackers, open_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +123,16 @@ def train(run: Run) -> None:
     if state.epoch >= args.epochs:
         _log.info("all %d epochs are done: nothing left to train", args.epochs)
         return
-    writer = open_tensorboard(folder) if args.tensorboard and folder and is_main_process() else None
+    with open_trackers(args, folder, resumed=state.epoch > 0 or state.batches_done > 0) as trackers:
+        train_epochs(run, trackers, n_parameters)
+    if folder and is_main_process():
+        plot_logs([folder], folder / "curves.png")
+        draw_predictions_of(run, folder / "predictions.png")
+
+
+def train_epochs(run: Run, trackers: Trackers, n_parameters: int) -> None:
+    """Train the epochs that are left; save, evaluate and report after each."""
+    args, state, folder = run.args, run.state, run.folder
     while state.epoch < args.epochs:
         start, epoch = time.monotonic(), state.epoch
         # Saved before the evaluation, so that a crash there loses nothing.
@@ -136,13 +146,16 @@ def train(run: Run) -> None:
             _log.info("epoch %d in %s\n%s", epoch, record["epoch_time"], epoch_table(train_stats, test_stats))
             if folder:
                 append_json_line(folder / "log.txt", record)
-            if writer is not None:
-                write_scalars(writer, record, epoch)
-    if folder and is_main_process():
-        plot_logs([folder], folder / "curves.png")
-        draw_examples(
-            state.evaluated_model, run.postprocessors["bbox"], run.val_data, run.device, folder / "predictions.png"
-        )
+            trackers.log_scalars(record_scalars(record), epoch)
+            due = args.log_pictures_every and (state.epoch % args.log_pictures_every == 0 or state.epoch == args.epochs)
+            if folder and trackers and due:
+                draw_predictions_of(run, folder / "predictions.png")
+                trackers.log_picture("predictions", folder / "predictions.png", epoch)
+
+
+def draw_predictions_of(run: Run, path: Path) -> None:
+    """Draw predictions of the evaluated model beside ground truth."""
+    draw_examples(run.state.evaluated_model, run.postprocessors["bbox"], run.val_data, run.device, path)
 
 
 def train_epoch(run: Run) -> dict[str, float]:

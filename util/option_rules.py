@@ -99,7 +99,8 @@ NEEDS: dict[str, str] = {
     "override_resumed_lr_drop": "resume",
     "drop_lr_now": "resume",
     "finetune_ignore": "pretrain_model_path",
-    "tensorboard": "output_dir",
+    **dict.fromkeys(("tensorboard", "wandb_project", "mlflow_experiment"), "output_dir"),
+    "mlflow_uri": "mlflow_experiment",
     "save_results": "output_dir",
     "save_log": "output_dir",
     "checkpoint_steps": "output_dir",
@@ -108,11 +109,14 @@ NEEDS: dict[str, str] = {
     "keep_checkpoints": "output_dir",
     "save_checkpoint_interval": "output_dir",
 }
+# Places a training is followed at; `--eval` writes its figures to log.txt alone.
+TRACKERS = ("tensorboard", "wandb_project", "mlflow_experiment")
 # option -> least value, greatest value (None: no bound).
 BOUNDS: dict[str, tuple[float | None, float | None]] = {
     **dict.fromkeys(("batch_size", "accumulate_steps", "epochs", "lr_drop", "save_checkpoint_interval"), (1, None)),
     **dict.fromkeys(("print_freq", "keep_checkpoints", "num_queries", "num_select", "num_results"), (1, None)),
     **dict.fromkeys(("enc_layers", "checkpoint_steps", "num_workers", "start_epoch", "dn_number"), (0, None)),
+    "log_pictures_every": (0, None),
     **dict.fromkeys(("lr", "weight_decay", "clip_max_norm", "box_noise_scale", "num_patterns", "seed"), (0, None)),
     **dict.fromkeys(("dec_layers", "nheads", "hidden_dim", "dim_feedforward", "num_classes"), (1, None)),
     **dict.fromkeys(
@@ -190,6 +194,11 @@ def _combinations(args: argparse.Namespace, by_hand: set[str]) -> Iterator[str]:
         yield f"--scalar expects at least one denoising group, got {args.scalar}: leave out --use_dn for none"
     if args.coco_path is None and args.dataset_file != "coco":
         yield f"--dataset_file {args.dataset_file} needs --coco_path, the folder of that data"
+    if "log_pictures_every" in by_hand and not any(getattr(args, name) for name in TRACKERS):
+        yield f"--log_pictures_every has no effect without a tracker: --{', --'.join(TRACKERS)}"
+    for name in TRACKERS if args.eval else ():
+        if name in by_hand:
+            yield f"--{name} follows a training and has no effect with --eval, which writes log.txt"
     unused = ("data_aug_scales", "data_aug_scales2_resize", "data_aug_scales2_crop")
     for name in unused if args.fix_size else ():
         if name in by_hand:

@@ -53,6 +53,7 @@ def build_parser(model_names: Sequence[str]) -> argparse.ArgumentParser:
     add_loss_options(parser)
     add_data_options(parser)
     add_run_options(parser)
+    add_tracker_options(parser)
     add_checkpoint_options(parser)
     add_process_options(parser)
     return parser
@@ -239,8 +240,23 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="stop every epoch and evaluation after 15 batches")
     group.add_argument("--save_results", action="store_true", help="write results-RANK.pkl in evaluation")
     group.add_argument("--save_log", action="store_true", help="metric lines also go to the log file")
-    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard scalars to output_dir")
     group.add_argument("--print_freq", default=10, type=int, help="steps between two readings of the meters")
+
+
+def add_tracker_options(parser: argparse.ArgumentParser) -> None:
+    """Add where curves and pictures of a training go besides log.txt."""
+    group = parser.add_argument_group("experiment tracking")
+    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard files to output_dir")
+    group.add_argument("--wandb_project", metavar="NAME", help="log to this Weights & Biases project")
+    group.add_argument("--mlflow_experiment", metavar="NAME", help="log to this MLflow experiment")
+    group.add_argument(
+        "--mlflow_uri",
+        metavar="URI",
+        help="MLflow server or data base; left out: MLFLOW_TRACKING_URI, else mlflow.db in output_dir",
+    )
+    group.add_argument(
+        "--log_pictures_every", default=10, type=int, help="epochs between pictures sent to the trackers; 0: none"
+    )
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:

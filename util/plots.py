@@ -167,11 +167,13 @@ def draw_boxes(picture: Image.Image, boxes_xyxy: Tensor, texts: Sequence[str], l
     draw = ImageDraw.Draw(drawn)
     diagonal = math.hypot(*picture.size)
     line, font = max(2, round(diagonal / 400)), ImageFont.load_default(size=max(11, round(diagonal / 55)))
-    for box, text, label in zip(boxes_xyxy.tolist(), texts, labels.tolist(), strict=True):
-        color = COLORS[label % len(COLORS)]
-        left, top, right, bottom = box
-        outline = (min(left, right), min(top, bottom), max(left, right), max(top, bottom))
+    colors = [COLORS[label % len(COLORS)] for label in labels.tolist()]
+    # PIL wants the corners in order, which an untrained detector does not promise.
+    outlines = [(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)) for x0, y0, x1, y1 in boxes_xyxy.tolist()]
+    for outline, color in zip(outlines, colors, strict=True):
         draw.rectangle(outline, outline=color, width=line)
+    # After all boxes: no line crosses a text.
+    for outline, text, color in zip(outlines, texts, colors, strict=True):
         _draw_label(draw, outline, text, color, font)
     return drawn
 
@@ -185,13 +187,13 @@ def _draw_label(
 ) -> None:
     """Write a text on a coloured ground above a box, inside the picture."""
     _, _, width, height = draw.textbbox((0, 0), text, font=font)
-    left = max(0, min(outline[0], draw.im.size[0] - width - 1))
+    left = max(0, min(outline[0], draw.im.size[0] - width - 4))
     top = max(0, outline[1] - height - 2)
-    draw.rectangle((left, top, left + width + 1, top + height + 1), fill=color)
+    draw.rectangle((left, top, left + width + 3, top + height + 1), fill=color)
     red, green, blue = ImageColor.getrgb(color)[:3]
     # The weights of the eye's sensitivity; the middle lies where black and white read equally well.
     is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 110
-    draw.text((left + 1, top), text, fill="white" if is_dark else "black", font=font)
+    draw.text((left + 2, top), text, fill="white" if is_dark else "black", font=font)
 
 
 def _curve(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,24 +128,13 @@ def save_precision(evaluation: Mapping[str, Any], path: Path) -> None:
     atomic_save(content, path)
 
 
-def open_tensorboard(folder: Path) -> Any:
-    """Open a TensorBoard writer.
-
-    Raises:
-        OptionError: the package is missing.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise OptionError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out")
-    return importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
-
-
-def write_scalars(writer: Any, record: Mapping[str, Any], epoch: int) -> None:
-    """Write the numbers of a log line, `train_loss` as `train/loss`, the AP figures by name."""
+def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a log line for a tracker: `train_loss` as `train/loss`, the AP figures by name."""
+    scalars: dict[str, float] = {}
     for name, value in record.items():
         prefix, _, rest = name.partition("_")
         if name.endswith("coco_eval_bbox"):
-            for figure, number in zip(COCO_FIGURES, value, strict=True):
-                writer.add_scalar(f"{prefix}/{figure}", number, epoch)
+            scalars |= {f"{prefix}/{figure}": number for figure, number in zip(COCO_FIGURES, value, strict=True)}
         elif prefix in ("train", "test") and isinstance(value, (int, float)) and not name.endswith("_unscaled"):
-            writer.add_scalar(f"{prefix}/{rest}", value, epoch)
-    writer.flush()
+            scalars[f"{prefix}/{rest}"] = value
+    return scalars

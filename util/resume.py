@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint, load_newest, model_weights
+from .checkpoint import SAFETENSORS, load_checkpoint, load_newest, model_weights
 from .distributed import get_rank, get_world_size
 from .errors import CheckpointError
 from .optim import drop_learning_rates, resync_learning_rates
@@ -39,6 +39,11 @@ def restore(state: RunState, args: argparse.Namespace, folder: Path | None, *, c
     found = read_resume(args.resume, folder) if args.resume else None
     if found is not None:
         content, source = found
+        if source.endswith(SAFETENSORS) and not args.eval:
+            raise CheckpointError(
+                f"{source} holds weights and no optimizer state to go on with: start from them with "
+                f"--pretrain_model_path {source}, or evaluate them with --eval"
+            )
         by_deformable_rules = args.modelname == DEFORMABLE_RULES
         restore_model(state.model, content, source, strict=not by_deformable_rules)
         if args.eval:

@@ -180,7 +180,8 @@ class CocoWriter:
         frame = {} if result.frame is None else {"frame": result.frame}
         self._images.append({**entry, "height": result.picture.height, **frame})
         for label, score, (left, top, right, bottom) in zip(*_plain(result.found), strict=True):
-            box = [left, top, right - left, bottom - top]
+            # Thousandths of a pixel, as the evaluation compares them.
+            box = [round(value, 3) for value in (left, top, right - left, bottom - top)]
             category = self._categories[label]
             self._results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
 
