@@ -120,6 +120,9 @@ def test_class_names_come_from_a_text_file(
     (tmp_path / "names.txt").write_text("Blatt\n", encoding="utf-8")
     run(trained, data / "val2017", *options, status=1)
     assert "expected 2 lines" in capsys.readouterr().err
+    (tmp_path / "names.txt").unlink()
+    run(trained, data / "val2017", *options, status=1)
+    assert "cannot read --class_names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

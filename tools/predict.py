@@ -118,7 +118,7 @@ def predict(args: argparse.Namespace, model_options: Sequence[str]) -> list[str]
     """
     if args.num_workers < 1:
         raise OptionError(f"expected --num_workers of at least 1, got {args.num_workers}")
-    inputs = find_inputs(args.inputs, recursive=args.recursive, leave_out=args.output)
+    inputs = find_inputs(args.inputs, recursive=args.recursive, leave_out=args.output / "pictures")
     if any(source.is_video for source in inputs):
         video_package()
     image_ids = read_image_ids(args.image_ids, inputs) if args.image_ids else None
@@ -127,7 +127,7 @@ def predict(args: argparse.Namespace, model_options: Sequence[str]) -> list[str]
 
     def fail(source: Input, error: DatasetError) -> None:
         # Reading a picture names it already.
-        text = str(error) if str(source.path) in str(error) else f"{source.path}: {error}"
+        text = str(error) if str(error).startswith(str(source.path)) else f"{source.path}: {error}"
         if args.fail_fast:
             raise DatasetError(text) from error
         failures.append(text)
@@ -164,20 +164,31 @@ def build_predictor(args: argparse.Namespace, model_options: Sequence[str]) -> P
         scale=args.scale,
         max_size=args.max_size,
     )
-    if args.class_names is None:
-        return predictor
+    if args.class_names is not None:
+        rename_classes(predictor, args.class_names)
+    return predictor
+
+
+def rename_classes(predictor: Predictor, path: Path) -> None:
+    """Give the labels the names of a text file, or names and category ids of COCO annotations.
+
+    Raises:
+        DatasetError: the annotations cannot be used. OptionError: the text file cannot, or has another count.
+    """
     count = len(predictor.class_names)
-    if args.class_names.suffix == ".json":
+    if path.suffix == ".json":
         mapping = predictor.detector.args.label_mapping
-        labels = LabelMap(read_categories(args.class_names), mapping=mapping, num_classes=count)
+        labels = LabelMap(read_categories(path), mapping=mapping, num_classes=count)
         predictor.class_names = labels.class_names
         predictor.category_ids = labels.to_categories(torch.arange(count)).tolist()
-        return predictor
-    names = args.class_names.read_text(encoding="utf-8").splitlines()
+        return
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read --class_names {path}: {error}") from error
     if len(names) != count:
-        raise OptionError(f"expected {count} lines in {args.class_names}, one per label of the model, got {len(names)}")
+        raise OptionError(f"expected {count} lines in {path}, one per label of the model, got {len(names)}")
     predictor.class_names = names
-    return predictor
 
 
 def read_image_ids(path: Path, inputs: Sequence[Input]) -> dict[str, int]:

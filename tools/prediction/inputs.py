@@ -37,16 +37,20 @@ def find_inputs(sources: Sequence[str], *, recursive: bool = False, leave_out: P
         sources: files (any suffix), folders (files with a suffix of `PICTURES` or `VIDEOS`) and patterns with *, ? or
             [...], ** across folders.
         recursive: look into folders of folders.
-        leave_out: a folder nothing is taken from: that of the output, which may lie inside an input.
+        leave_out: a folder that folders and patterns take nothing from: where drawn pictures go.
 
     Raises:
         DatasetError: a source names nothing.
     """
     found: dict[Path, PurePath] = {}
+    own = None if leave_out is None else leave_out.resolve()
     for source in sources:
-        files = _files(Path(source).expanduser(), recursive) or _matches(source)
-        if leave_out is not None:
-            files = {path: name for path, name in files.items() if leave_out.resolve() not in path.resolve().parents}
+        path = Path(source).expanduser()
+        if path.is_file():
+            files = {path: PurePath(path.name)}
+        else:
+            several = _files(path, recursive) if path.is_dir() else _matches(path)
+            files = {path: name for path, name in several.items() if own not in path.resolve().parents}
         if not files:
             raise DatasetError(
                 f"no picture or video {source}: check the path"
@@ -57,18 +61,14 @@ def find_inputs(sources: Sequence[str], *, recursive: bool = False, leave_out: P
     return _with_different_names(found)
 
 
-def _files(source: Path, recursive: bool) -> dict[Path, PurePath]:
-    if source.is_file():
-        return {source: PurePath(source.name)}
-    if not source.is_dir():
-        return {}
-    entries = source.rglob("*") if recursive else source.iterdir()
+def _files(folder: Path, recursive: bool) -> dict[Path, PurePath]:
+    entries = folder.rglob("*") if recursive else folder.iterdir()
     files = sorted(path for path in entries if path.suffix.lower() in PICTURES | VIDEOS and path.is_file())
-    return {path: path.relative_to(source) for path in files}
+    return {path: path.relative_to(folder) for path in files}
 
 
-def _matches(pattern: str) -> dict[Path, PurePath]:
-    paths = [Path(match) for match in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]
+def _matches(pattern: Path) -> dict[Path, PurePath]:
+    paths = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]
     return {path: PurePath(path.name) for path in paths if path.is_file()}
 
 

@@ -76,8 +76,10 @@ class AvFile:
         try:
             self._container = self._av.open(str(path))
             self._stream = self._container.streams.video[0]
-        except (self._av.FFmpegError, IndexError) as error:
-            raise DatasetError(f"not a readable video ({error})") from error
+        except self._av.FFmpegError as error:
+            raise DatasetError(f"not a readable video ({error.strerror})") from error
+        except IndexError as error:
+            raise DatasetError("not a readable video (it has only sound)") from error
         self.rate = float(self._stream.average_rate or 25)
         self.length = self._stream.frames or 1
 
@@ -91,7 +93,7 @@ class AvFile:
             for frame in self._container.decode(self._stream):
                 yield frame.to_image()
         except self._av.FFmpegError as error:
-            raise DatasetError(f"not a readable video ({error})") from error
+            raise DatasetError(f"not a readable video ({error.strerror})") from error
         finally:
             self._container.close()
 
