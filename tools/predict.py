@@ -13,51 +13,36 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 import main as program
 from datasets import DatasetError
 from datasets.annotations import load_annotation_file, read_categories
 from datasets.labels import LabelMap
 from tools.prediction.inputs import Input, find_inputs
-from tools.prediction.outputs import FORMATS, CocoWriter, CsvWriter, JsonLinesWriter, PictureWriter, Result, Writer
-from tools.prediction.video import open_video, video_package
-from tools.predictor import Predictor, read_picture
+from tools.prediction.loading import detect, load, number_of_pictures
+from tools.prediction.outputs import FORMATS, CocoWriter, CsvWriter, JsonLinesWriter, PictureWriter, Writer
+from tools.prediction.video import video_package
+from tools.predictor import Predictor
 from util.errors import OptionError
 from util.logger import setup_logging
 from util.progress import track
-from util.step import in_groups
-
-
-class Loaded(NamedTuple):
-    """One picture or frame, ready for the detector.
-
-    Attributes:
-        source: the file; picture: as stored; image: as the model takes it.
-        frame: number in a video; rate: its frames per second.
-    """
-
-    source: Input
-    picture: Image.Image
-    image: Tensor
-    frame: int | None = None
-    rate: float = 0.0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line before `--`."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
@@ -229,75 +214,6 @@ def open_writers(
         "csv": partial(CsvWriter, args.output / "predictions.csv"),
     }
     return [opening[name]() for name in dict.fromkeys(args.save)]
-
-
-def number_of_pictures(source: Input) -> int:
-    """Return how many pictures a file holds, by what it says of itself."""
-    if not source.is_video:
-        return 1
-    try:
-        return open_video(source.path).length
-    except DatasetError:
-        return 1  # named when its turn comes
-
-
-def load(
-    predictor: Predictor,
-    inputs: Sequence[Input],
-    pool: ThreadPoolExecutor,
-    ahead: int,
-    fail: Callable[[Input, DatasetError], None],
-) -> Iterator[Loaded]:
-    """Yield what can be read, in order, read by a pool of threads.
-
-    Args:
-        ahead: pictures read before they are asked for; bounds the memory.
-        fail: told what cannot be read.
-    """
-    jobs = _jobs(predictor, inputs, pool, fail)
-    waiting: deque[tuple[Input, Future[Loaded]]] = deque()
-    while True:
-        waiting.extend(islice(jobs, ahead - len(waiting)))
-        if not waiting:
-            return
-        source, future = waiting.popleft()
-        try:
-            yield future.result()
-        except DatasetError as error:
-            fail(source, error)
-
-
-def _jobs(
-    predictor: Predictor,
-    inputs: Sequence[Input],
-    pool: ThreadPoolExecutor,
-    fail: Callable[[Input, DatasetError], None],
-) -> Iterator[tuple[Input, Future[Loaded]]]:
-    def read(source: Input) -> Loaded:
-        picture = read_picture(source.path)
-        return Loaded(source, picture, predictor.prepare(picture))
-
-    def prepare(source: Input, picture: Image.Image, frame: int, rate: float) -> Loaded:
-        return Loaded(source, picture, predictor.prepare(picture), frame, rate)
-
-    for source in inputs:
-        if not source.is_video:
-            yield source, pool.submit(read, source)
-            continue
-        try:
-            video = open_video(source.path)
-            for number, picture in enumerate(video.frames()):
-                yield source, pool.submit(prepare, source, picture, number, video.rate)
-        except DatasetError as error:
-            fail(source, error)
-
-
-def detect(predictor: Predictor, loaded: Iterator[Loaded]) -> Iterator[Result]:
-    """Yield the detections of every picture, batch by batch."""
-    for batch in in_groups(loaded, predictor.batch_size):
-        found = predictor.detect([item.image for item in batch], [item.picture.size for item in batch])
-        for item, detections in zip(batch, found, strict=True):
-            yield Result(item.source, item.picture, detections, item.frame, item.rate)
 
 
 if __name__ == "__main__":
