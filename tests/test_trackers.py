@@ -66,6 +66,9 @@ class MlflowStub(types.ModuleType):
     """Records what a client of mlflow gets; experiments and runs are numbered."""
 
     MlflowException = MlflowError
+    entities = argparse.Namespace(
+        Param=lambda *values: values, Metric=lambda name, value, time, step: (name, value, step)
+    )
 
     def __init__(self, fails: bool = False) -> None:
         super().__init__("mlflow")
@@ -94,7 +97,7 @@ class MlflowStub(types.ModuleType):
         return argparse.Namespace(data=argparse.Namespace(params=self.params))
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("update_run", "log_param", "log_metric", "log_image", "set_terminated"):
+        if name not in ("update_run", "log_batch", "log_image", "set_terminated"):
             raise AttributeError(name)
         return lambda *values, **named: self.calls.append((name, *values, named))
 
@@ -132,8 +135,8 @@ def test_mlflow_gets_options_numbers_and_pictures(
         trackers.log_scalars({"train/loss": 1.5}, 3)
         trackers.log_picture("predictions", picture, 3)
     assert stub.calls[0] == ("client", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert ("log_param", "run-1", "lr", "0.1", {}) in stub.calls
-    assert ("log_metric", "run-1", "train/loss", 1.5, {"step": 3}) in stub.calls
+    batches = [call[-1] for call in stub.calls if call[0] == "log_batch"]
+    assert ("lr", "0.1") in batches[0]["params"] and batches[1] == {"metrics": [("train/loss", 1.5, 3)]}
     assert any(call[0] == "log_image" and call[-1] == {"artifact_file": "predictions/epoch_0003.png"}
                for call in stub.calls)  # fmt: skip
     assert stub.calls[-1] == ("set_terminated", "run-1", {"status": "FINISHED"})
@@ -146,7 +149,8 @@ def test_mlflow_gets_options_numbers_and_pictures(
         raise KeyboardInterrupt
     names = [call[0] for call in stub.calls]
     assert stub.calls[:2] == [("client", "http://x"), ("experiment", "cells", None)]
-    assert "run" not in names and ("log_param", "run-1", "lr", "0.1", {}) not in stub.calls
+    assert "run" not in names
+    assert all(name != "lr" for call in stub.calls if call[0] == "log_batch" for name, _ in call[-1]["params"])
     assert stub.calls[-1] == ("set_terminated", "run-1", {"status": "FAILED"})
 
 

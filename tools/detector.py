@@ -62,6 +62,7 @@ def load_detector(
 
     Raises:
         CheckpointError: the file cannot be read, does not describe its model, or holds only a part of a detector.
+        SystemExit: main.py refuses the options; it says why on stderr.
     """
     file = local_file(path)
     source = read_source(file, ema=averaged)

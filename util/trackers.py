@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +130,7 @@ class MlflowTracker:
 
     def __init__(self, experiment: str, uri: str | None, folder: Path, *, resumed: bool) -> None:
         mlflow = _import("mlflow", "--mlflow_experiment")
+        self._entities = mlflow.entities
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
         # Without a server pictures would go below the current folder.
         pictures = None if uri else (folder / "mlflow_files").resolve().as_uri()
@@ -152,15 +154,16 @@ class MlflowTracker:
     def log_options(self, options: Mapping[str, Any]) -> None:
         """Write the options; those a resumed run has already cannot change and stay."""
         known = self._client.get_run(self._run_id).data.params
-        for name, value in options.items():
-            # Servers refuse longer texts.
-            if name not in known:
-                self._client.log_param(self._run_id, name, str(value)[:500])
+        new = [self._entities.Param(name, str(value)[:500]) for name, value in options.items() if name not in known]
+        # Servers refuse longer texts, and more at once.
+        for first in range(0, len(new), 100):
+            self._client.log_batch(self._run_id, params=new[first : first + 100])
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers by name."""
-        for name, value in values.items():
-            self._client.log_metric(self._run_id, name, value, step=step)
+        now = round(time.time() * 1000)
+        numbers = [self._entities.Metric(name, value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._run_id, metrics=numbers)
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
         """Write a picture from a file, one per epoch."""
