@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.runs import command, write_pictures
-from tests.trained_files import evaluated, train
+from tests.runs import command
+from tests.trained_files import evaluated
 from tools import predict
 from tools.prediction.inputs import find_inputs
 from tools.prediction.video import AvFile, AvWriter, Cv2File, Cv2Writer
@@ -21,15 +21,7 @@ from tools.predictor import Detections
 from util.checkpoint import load_checkpoint
 from util.errors import OptionError
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "data", num_train=3)
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(data, tmp_path_factory.mktemp("trained"))
+pytest_plugins = ("tests.tiny_run",)
 
 
 def run(checkpoint: Path, *more: Any, status: int = 0) -> None:
@@ -38,7 +30,7 @@ def run(checkpoint: Path, *more: Any, status: int = 0) -> None:
 
 
 def test_five_hundred_pictures_and_a_broken_one(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -48,7 +40,7 @@ def test_five_hundred_pictures_and_a_broken_one(
         Image.fromarray(pixels).save(folder / f"{number:03}.png")
     (folder / "250_broken.png").write_bytes((folder / "250.png").read_bytes()[:200])
     options = ("--output", output, "--save", *predict.FORMATS, "--batch_size", 16, "--scale", 16, "--top_k", 2)
-    run(trained, folder, *options, "--score_threshold", 0, status=1)
+    run(tiny_checkpoint, folder, *options, "--score_threshold", 0, status=1)
     captured = capsys.readouterr()
     assert "1 of the inputs" in captured.err and captured.err.count("\n") == 2
     assert f"{folder / '250_broken.png'}: not a readable picture" in captured.err
@@ -67,22 +59,26 @@ def test_five_hundred_pictures_and_a_broken_one(
     assert len(json.loads((output / "coco_images.json").read_text())["images"]) == 500
 
 
-def test_fail_fast_stops_at_the_broken_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fail_fast_stops_at_the_broken_file(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
-    run(trained, tmp_path, "--output", tmp_path / "out", "--fail_fast", "--save", "csv", status=1)
+    run(tiny_checkpoint, tmp_path, "--output", tmp_path / "out", "--fail_fast", "--save", "csv", status=1)
     error = capsys.readouterr().err
     assert error.startswith("predict: error: ") and "a.png" in error and error.count("\n") == 1
 
 
 def test_coco_results_give_the_average_precision_of_the_evaluation(
-    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    annotations = data / "annotations" / "instances_val2017.json"
-    run(trained, data / "val2017", "--output", tmp_path, "--save", "coco", "--score_threshold", 0,
+    annotations = tiny_data / "annotations" / "instances_val2017.json"
+    run(tiny_checkpoint, tiny_data / "val2017", "--output", tmp_path, "--save", "coco", "--score_threshold", 0,
         "--image_ids", annotations)  # fmt: skip
     results = json.loads((tmp_path / "coco_results.json").read_text())
-    expected = evaluated(monkeypatch, *command(data, tmp_path / "e", "--eval", "--ema", "--resume", trained))
+    expected = evaluated(
+        monkeypatch, *command(tiny_data, tmp_path / "e", "--eval", "--ema", "--resume", tiny_checkpoint)
+    )
     for image_id, result in expected.items():
         own = [entry for entry in results if entry["image_id"] == image_id]
         assert [entry["category_id"] for entry in own] == result["labels"].tolist()
@@ -96,32 +92,32 @@ def test_coco_results_give_the_average_precision_of_the_evaluation(
 
 
 def test_category_ids_nobody_knows_are_not_invented(
-    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = load_checkpoint(trained)
+    content = load_checkpoint(tiny_checkpoint)
     del content["category_ids"], content["class_names"]
     torch.save(content, tmp_path / "old.pth")
-    run(tmp_path / "old.pth", data / "val2017", "--output", tmp_path, "--save", "coco", status=1)
+    run(tmp_path / "old.pth", tiny_data / "val2017", "--output", tmp_path, "--save", "coco", status=1)
     assert "pass --class_names with the COCO annotations" in capsys.readouterr().err
-    names = data / "annotations" / "instances_val2017.json"
+    names = tiny_data / "annotations" / "instances_val2017.json"
     options = ("--output", tmp_path, "--score_threshold", 0, "--save", "coco", "csv")
-    run(tmp_path / "old.pth", data / "val2017", *options, "--class_names", names)
+    run(tmp_path / "old.pth", tiny_data / "val2017", *options, "--class_names", names)
     assert {entry["category_id"] for entry in json.loads((tmp_path / "coco_results.json").read_text())} <= {1, 2}
     assert ",leaf,0," in (tmp_path / "predictions.csv").read_text()
 
 
 def test_class_names_come_from_a_text_file(
-    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "names.txt").write_text("Blatt\nZiegel\n", encoding="utf-8")
     options = ("--output", tmp_path, "--score_threshold", 0, "--save", "csv", "--class_names", tmp_path / "names.txt")
-    run(trained, data / "val2017", *options)
+    run(tiny_checkpoint, tiny_data / "val2017", *options)
     assert ",Blatt,0," in (tmp_path / "predictions.csv").read_text()
     (tmp_path / "names.txt").write_text("Blatt\n", encoding="utf-8")
-    run(trained, data / "val2017", *options, status=1)
+    run(tiny_checkpoint, tiny_data / "val2017", *options, status=1)
     assert "expected 2 lines" in capsys.readouterr().err
     (tmp_path / "names.txt").unlink()
-    run(trained, data / "val2017", *options, status=1)
+    run(tiny_checkpoint, tiny_data / "val2017", *options, status=1)
     assert "cannot read --class_names" in capsys.readouterr().err
 
 
@@ -134,10 +130,10 @@ def test_class_names_come_from_a_text_file(
     ],
 )
 def test_inputs_that_name_nothing_are_told(
-    trained: Path, tmp_path: Path, inputs: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, inputs: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    run(trained, *(tmp_path / name for name in inputs), "--output", tmp_path / "out", status=1)
+    run(tiny_checkpoint, *(tmp_path / name for name in inputs), "--output", tmp_path / "out", status=1)
     error = capsys.readouterr().err
     assert error.startswith("predict: error: ") and words in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -157,19 +153,19 @@ def test_inputs_are_found_once_and_named_apart(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_one_sentence(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(OptionError, match="pip install supervision"):
         Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0), []).to_supervision()  # type: ignore[arg-type]
     (tmp_path / "film.mp4").touch()
-    run(trained, tmp_path / "film.mp4", "--output", tmp_path, status=1)
+    run(tiny_checkpoint, tmp_path / "film.mp4", "--output", tmp_path, status=1)
     assert "pip install av" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("package", "reader", "writer"), [("av", AvFile, AvWriter), ("cv2", Cv2File, Cv2Writer)])
 def test_video_frames_are_detected_and_drawn(
-    package: str, reader: Any, writer: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    package: str, reader: Any, writer: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     pytest.importorskip(package)
@@ -181,7 +177,7 @@ def test_video_frames_are_detected_and_drawn(
     film.close()
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     options = ("--output", tmp_path / "out", "--score_threshold", 0, "--top_k", 1, "--save", *predict.FORMATS)
-    run(trained, tmp_path, *options, status=1)
+    run(tiny_checkpoint, tmp_path, *options, status=1)
     assert "broken.mp4: not a readable video" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [line["frame"] for line in lines] == [0, 1, 2] and lines[0]["width"] == 64

@@ -14,34 +14,26 @@ import torch
 from PIL import Image
 
 from datasets import DatasetError
-from tests.runs import command, write_pictures
-from tests.trained_files import evaluated, small_file, train
+from tests.runs import command
+from tests.trained_files import evaluated, small_file
 from tools.detector import load_detector
 from tools.predictor import Detections, Predictor, read_picture
 from util.checkpoint import load_checkpoint
 from util.errors import CheckpointError, OptionError
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "data", num_train=3)
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(data, tmp_path_factory.mktemp("trained"))
+pytest_plugins = ("tests.tiny_run",)
 
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_predictor_finds_what_the_evaluation_finds(
-    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: bool
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: bool
 ) -> None:
-    options = ["--eval", "--resume", trained, *(["--ema"] if ema else [])]
-    expected = evaluated(monkeypatch, *command(data, tmp_path, *options))
-    predictor = Predictor(trained, device="cpu", score_threshold=0, averaged=ema)
+    options = ["--eval", "--resume", tiny_checkpoint, *(["--ema"] if ema else [])]
+    expected = evaluated(monkeypatch, *command(tiny_data, tmp_path, *options))
+    predictor = Predictor(tiny_checkpoint, device="cpu", score_threshold=0, averaged=ema)
     assert predictor.detector.averaged == ema and predictor.category_ids == [1, 2] and len(expected) == 3
     for image_id, result in expected.items():
-        found = predictor(data / "val2017" / f"{image_id}.png")
+        found = predictor(tiny_data / "val2017" / f"{image_id}.png")
         # The same weights, pixels and operations: equal to the last bit, batches of one on both sides.
         np.testing.assert_array_equal(found.boxes_xyxy, result["boxes"].numpy())
         np.testing.assert_array_equal(found.scores, result["scores"].numpy())
@@ -49,17 +41,17 @@ def test_predictor_finds_what_the_evaluation_finds(
         assert set(found.names) <= {"leaf", "brick"}
 
 
-def test_average_is_taken_as_the_run_evaluated_it(trained: Path) -> None:
-    content = load_checkpoint(trained)
+def test_average_is_taken_as_the_run_evaluated_it(tiny_checkpoint: Path) -> None:
+    content = load_checkpoint(tiny_checkpoint)
     for averaged, weights in ((None, content["ema"]["model"]), (False, content["model"])):
-        detector = load_detector(trained, averaged=averaged)
+        detector = load_detector(tiny_checkpoint, averaged=averaged)
         assert torch.equal(detector.model.state_dict()["class_embed.bias"], weights["class_embed.bias"])
     assert not torch.equal(content["model"]["class_embed.bias"], content["ema"]["model"]["class_embed.bias"])
 
 
-def test_every_kind_of_input_gives_the_same(trained: Path, data: Path) -> None:
-    predictor = Predictor(trained, device="cpu", score_threshold=0)
-    path = sorted((data / "val2017").iterdir())[0]
+def test_every_kind_of_input_gives_the_same(tiny_checkpoint: Path, tiny_data: Path) -> None:
+    predictor = Predictor(tiny_checkpoint, device="cpu", score_threshold=0)
+    path = sorted((tiny_data / "val2017").iterdir())[0]
     picture = Image.open(path)
     pixels = np.array(picture)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -71,20 +63,20 @@ def test_every_kind_of_input_gives_the_same(trained: Path, data: Path) -> None:
     assert predictor([]) == []
 
 
-def test_threshold_and_top_k_keep_the_best(trained: Path, data: Path) -> None:
-    path = sorted((data / "val2017").iterdir())[0]
-    every = Predictor(trained, device="cpu", score_threshold=0)(path)
+def test_threshold_and_top_k_keep_the_best(tiny_checkpoint: Path, tiny_data: Path) -> None:
+    path = sorted((tiny_data / "val2017").iterdir())[0]
+    every = Predictor(tiny_checkpoint, device="cpu", score_threshold=0)(path)
     limit = float(every.scores[4])
-    kept = Predictor(trained, device="cpu", score_threshold=limit)(path)
+    kept = Predictor(tiny_checkpoint, device="cpu", score_threshold=limit)(path)
     np.testing.assert_array_equal(kept.scores, every.scores[every.scores >= limit])
-    np.testing.assert_array_equal(Predictor(trained, device="cpu", score_threshold=0, top_k=2)(path).scores,
+    np.testing.assert_array_equal(Predictor(tiny_checkpoint, device="cpu", score_threshold=0, top_k=2)(path).scores,
                                   every.scores[:2])  # fmt: skip
 
 
-def test_mixed_precision_stays_near(trained: Path, data: Path) -> None:
-    path = sorted((data / "val2017").iterdir())[0]
-    exact = Predictor(trained, device="cpu", score_threshold=0)(path)
-    rough = Predictor(trained, device="cpu", score_threshold=0, amp=True, batch_size=2)([path, path])[0]
+def test_mixed_precision_stays_near(tiny_checkpoint: Path, tiny_data: Path) -> None:
+    path = sorted((tiny_data / "val2017").iterdir())[0]
+    exact = Predictor(tiny_checkpoint, device="cpu", score_threshold=0)(path)
+    rough = Predictor(tiny_checkpoint, device="cpu", score_threshold=0, amp=True, batch_size=2)([path, path])[0]
     assert not np.array_equal(rough.scores, exact.scores)
     # bfloat16 has 8 bits: relative steps of 0.4 %, some of which add up over the layers.
     np.testing.assert_allclose(rough.scores, exact.scores, rtol=0.05)
@@ -107,11 +99,11 @@ def test_what_is_no_picture_is_named(source: Any, words: str) -> None:
         read_picture(source)
 
 
-def test_predictor_refuses_settings_without_meaning(trained: Path) -> None:
+def test_predictor_refuses_settings_without_meaning(tiny_checkpoint: Path) -> None:
     with pytest.raises(OptionError, match="score threshold from 0 to 1"):
-        Predictor(trained, device="cpu", score_threshold=30)
+        Predictor(tiny_checkpoint, device="cpu", score_threshold=30)
     with pytest.raises(OptionError, match="expected 2 class names"):
-        Predictor(trained, device="cpu", class_names=["leaf"])
+        Predictor(tiny_checkpoint, device="cpu", class_names=["leaf"])
 
 
 def test_official_file_has_coco_names_and_official_sizes(tmp_path: Path) -> None:

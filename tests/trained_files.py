@@ -11,13 +11,6 @@ import torch
 import main
 from datasets.coco_eval import CocoEvaluator
 from models import build_model
-from tests.runs import command
-
-
-def train(data: Path, folder: Path) -> Path:
-    """Train three steps with an average of the weights; return the checkpoint."""
-    assert main.run_command_line(command(data, folder, "--epochs", 1, "--ema", "--ema_decay", 0.5, "--lr", 1e-3)) == 0
-    return folder / "checkpoint.pth"
 
 
 def evaluated(monkeypatch: pytest.MonkeyPatch, *argv: Any) -> dict[int, dict[str, torch.Tensor]]:
