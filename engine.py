@@ -133,6 +133,7 @@ def evaluate(
     *,
     args: Namespace,
     to_categories: Callable[[Tensor], Tensor] = lambda labels: labels,
+    after_batch: Callable[[dict[str, Any], Sequence[dict[str, Tensor]]], None] | None = None,
 ) -> dict[str, Any]:
     """Compute losses and average precision over a data set, each image once.
 
@@ -145,6 +146,7 @@ def evaluate(
         data_loader: batches of this process.
         evaluator: takes the detections; accumulated and summarised on return.
         to_categories: labels of the model -> category ids of the evaluator.
+        after_batch: called with the outputs and targets of every batch.
 
     Returns:
         Losses by official log name and `coco_eval_bbox`, the 12 figures.
@@ -178,6 +180,8 @@ def evaluate(
         )
         if args.save_results:
             collect_results(saved, ids, targets, results)
+        if after_batch is not None:
+            after_batch(outputs, targets)
     if args.save_results:
         atomic_save(saved, Path(args.output_dir) / f"results-{get_rank()}.pkl")
     meters.synchronize()

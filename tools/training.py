@@ -25,8 +25,9 @@ from engine import evaluate, train_one_epoch
 from models import build_model
 from util.distributed import DelayedVote, all_gather_object, get_rank, is_main_process, wrap_model
 from util.errors import OptionError
+from util.instability import MatchingHistory
 from util.logger import append_json_line
-from util.plots import draw_examples, plot_logs
+from util.plots import draw_examples, plot_instability, plot_logs
 from util.reports import epoch_record, epoch_table, record_scalars, save_precision
 from util.run_state import RunState, build_run_state
 from util.signals import StopRequested, StopSignals
@@ -127,19 +128,24 @@ def train(run: Run) -> None:
         train_epochs(run, trackers, n_parameters)
     if folder and is_main_process():
         plot_logs([folder], folder / "curves.png")
+        plot_instability([folder], folder / "instability.png")
         draw_predictions_of(run, folder / "predictions.png")
 
 
 def train_epochs(run: Run, trackers: Trackers, n_parameters: int) -> None:
     """Train the epochs that are left; save, evaluate and report after each."""
     args, state, folder = run.args, run.state, run.folder
+    matcher: Any = run.criterion.matcher
+    history = MatchingHistory(matcher, folder) if args.log_instability else None
     while state.epoch < args.epochs:
         start, epoch = time.monotonic(), state.epoch
         # Saved before the evaluation, so that a crash there loses nothing.
         train_stats = train_epoch(run)
         # As official: the newest curves, and those of every fiftieth epoch.
         names = ["latest.pth", f"{epoch:03}.pth"] if epoch % 50 == 0 else ["latest.pth"]
-        test_stats = evaluate_run(run, [folder / "eval" / name for name in names] if folder else [])
+        test_stats = evaluate_run(run, [folder / "eval" / name for name in names] if folder else [], history=history)
+        if history is not None:
+            test_stats |= history.finish_epoch(epoch)
         seconds = time.monotonic() - start
         record = epoch_record(train_stats, test_stats, epoch=epoch, n_parameters=n_parameters, seconds=seconds)
         if is_main_process():
@@ -226,8 +232,14 @@ def evaluate_only(run: Run) -> None:
         append_json_line(run.folder / "log.txt", {f"test_{name}": value for name, value in stats.items()})
 
 
-def evaluate_run(run: Run, curves: Sequence[Path], *, per_class: bool = False) -> dict[str, Any]:
-    """Evaluate the model, or the average of its weights with `--ema`, and write the precision curves."""
+def evaluate_run(
+    run: Run, curves: Sequence[Path], *, per_class: bool = False, history: MatchingHistory | None = None
+) -> dict[str, Any]:
+    """Evaluate the model, or the average of its weights with `--ema`, and write the precision curves.
+
+    Args:
+        curves: files to write; per_class: also say the results per class; history: takes the matches.
+    """
     evaluator = CocoEvaluator(get_coco_api_from_dataset(run.val_data), ("bbox",))
     stats = evaluate(
         run.state.evaluated_model,
@@ -238,6 +250,7 @@ def evaluate_run(run: Run, curves: Sequence[Path], *, per_class: bool = False) -
         run.device,
         args=run.args,
         to_categories=run.val_data.labels_to_categories,
+        after_batch=history.add if history is not None else None,
     )
     if is_main_process():
         if per_class:

@@ -179,6 +179,8 @@ def _complaints(args: argparse.Namespace, changed: Mapping[str, Any], command_li
     for name, needed in NEEDS.items():
         if name in by_hand and not getattr(args, needed) and not (needed == "use_dn" and args.eval):
             yield f"--{name} has no effect without --{needed}"
+    if "log_instability" in by_hand and args.eval:
+        yield "--log_instability compares epochs: it has no effect with --eval"
     if command_line.get("use_mqs") and not args.two_stage:
         yield "--use_mqs mixes encoder proposals with learned queries: it needs --two_stage"
     yield from _combinations(args, by_hand)

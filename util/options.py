@@ -240,6 +240,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="stop every epoch and evaluation after 15 batches")
     group.add_argument("--save_results", action="store_true", help="write results-RANK.pkl in evaluation")
     group.add_argument("--save_log", action="store_true", help="metric lines also go to the log file")
+    group.add_argument(
+        "--log_instability",
+        action="store_true",
+        help="log after each epoch how many queries per validation image changed their matched object (the matching "
+        "instability of the DN-DETR paper); matches the last decoder layer once more in the evaluation",
+    )
     group.add_argument("--print_freq", default=10, type=int, help="steps between two readings of the meters")
 
 

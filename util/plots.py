@@ -70,6 +70,34 @@ def plot_logs(folders: Sequence[Path], out_png: Path) -> None:
     figure.savefig(out_png, dpi=100)
 
 
+def plot_instability(folders: Sequence[Path], out_path: Path) -> bool:
+    """Draw the matching instability (`--log_instability`) over epochs, one colour per run.
+
+    Args:
+        folders: output folders with a log.txt.
+        out_path: where the picture goes, as PNG or SVG by its suffix.
+
+    Returns:
+        Whether any run has logged it; nothing is drawn otherwise.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, folder in enumerate(folders):
+        _curve(axis, read_log(folder), _of("test_instability"), f"C{number}", "-", folder.resolve().name)
+    if not axis.lines:
+        return False
+    axis.set_title("matching instability on val")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("queries per image with another object\nthan an epoch before")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(out_path, dpi=100)
+    return True
+
+
 def draw_predictions(
     images: Sequence[Tensor],
     targets: Sequence[Mapping[str, Tensor]],

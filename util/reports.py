@@ -27,6 +27,7 @@ _TABLE_LOSSES = (
     "tgt_loss_bbox",
     "tgt_loss_giou",
     "class_error",
+    "instability",
 )
 
 
