@@ -1,0 +1,1 @@
+"""What happens inside a detector, as pictures: see `tools/visualize.py`."""
