@@ -1,0 +1,379 @@
+"""Pictures of what happens inside a detector, and the numbers they are drawn from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import main as program
+from models import build_model, dn_components
+from models.ops import reference
+from models.transformers.dab_decoder import refine_boxes
+from tests.runs import write_pictures
+from tools.detector import Detector, load_detector
+from tools.visualization.anchors import draw_anchors
+from tools.visualization.attention import draw_attention, heat_map
+from tools.visualization.capture import (
+    DenseAttention,
+    SampledAttention,
+    recorded_calls,
+    recorded_modules,
+    trace_cross_attention,
+    trace_denoising,
+    trace_layers,
+)
+from tools.visualization.denoising import draw_denoising, stored_noise
+from tools.visualization.drawing import choose_queries, draw_reference, make_panels, save, show_picture, write_text
+from tools.visualize import main
+from util.box_ops import inverse_sigmoid
+from util.errors import OptionError
+
+ENCODER_ONLY = "dn_dab_deformable_detr_deformable_encoder_only"
+DINO = "dn_dab_dino_deformable_detr"
+DENSE = ("dab_detr", "dn_dab_detr --use_dn --num_patterns 2")
+SAMPLED = (
+    "dn_dab_deformable_detr --use_dn",
+    f"{DINO} --use_dn --two_stage --contrastive",
+    "deformable_detr",
+    "deformable_detr --with_box_refine",
+    "deformable_detr --with_box_refine --two_stage",
+)
+LEVELED = f"{ENCODER_ONLY} --use_dn"
+DENOISING = ("dn_dab_detr --use_dn", LEVELED, SAMPLED[0], SAMPLED[1])
+SIZES = (
+    "--backbone resnet18 --backbone_weights none --backbone_stages 3 --hidden_dim 32 --nheads 4 --enc_layers 1 "
+    "--dec_layers 3 --dim_feedforward 32 --num_queries 6 --num_classes 3 --eval_scale 48 --dropout 0.1"
+)
+TARGET = {"labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.4, 0.5, 0.3, 0.4], [0.6, 0.3, 0.2, 0.2]])}
+ANNOTATIONS = [{"bbox": [12, 10, 30, 20], "category_id": 1}, {"bbox": [30, 20, 10, 20], "category_id": 2}]
+
+
+def build(options: str) -> Detector:
+    """Return a small detector whose weights are all random: nothing starts at zero."""
+    levels = "" if options.split()[0] in ("dab_detr", "dn_dab_detr") else "--num_feature_levels 3"
+    args = program.parse_args(["-m", *options.split(), *SIZES.split(), *levels.split()])
+    torch.manual_seed(0)
+    model, _, postprocessors = build_model(args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return Detector(
+        model.eval().requires_grad_(False), postprocessors["bbox"], args, ["N/A", "cat", "dog"], None, False
+    )
+
+
+def picture() -> Image.Image:
+    """Return a picture of 64 x 48 pixels."""
+    torch.manual_seed(1)
+    return Image.fromarray((torch.rand(48, 64, 3) * 255).to(torch.uint8).numpy())
+
+
+@pytest.fixture
+def image() -> Tensor:
+    """Return a normalised picture of 64 x 48 pixels."""
+    torch.manual_seed(2)
+    return torch.randn(3, 48, 64)
+
+
+@pytest.mark.parametrize("options", [*DENSE, LEVELED, *SAMPLED])
+def test_layers_are_those_of_the_model(options: str, image: Tensor) -> None:
+    detector = build(options)
+    model: Any = detector.model
+    with recorded_modules(model.transformer.decoder) as decoded:
+        trace = trace_layers(model, image)
+    outputs = model([image])
+    layers = [*outputs["aux_outputs"], outputs]
+    assert torch.equal(trace.boxes, torch.stack([layer["pred_boxes"][0] for layer in layers]))
+    # Vectorised and single elements of a sigmoid differ in the last bit.
+    assert torch.allclose(trace.probabilities[-1], outputs["pred_logits"][0].sigmoid(), atol=1e-7)
+    assert len(trace.references) == len(trace.boxes) == 3
+    if hasattr(model, "refpoint_embed"):
+        anchors = model.refpoint_embed.weight.sigmoid()
+        assert torch.equal(trace.references[0][: len(anchors)], anchors)
+    if options == "deformable_detr":
+        assert all(torch.equal(points, trace.references[0]) for points in trace.references)
+        assert trace.references[0].shape == (6, 2)
+    elif options in SAMPLED:
+        # Every later layer starts from the boxes predicted before it; heads on one row at a time round differently.
+        for start, before in zip(trace.references[1:], trace.boxes, strict=False):
+            assert torch.allclose(start, before, atol=1e-6)
+    else:
+        # These refine with the normed state what the next layer refines with the bare one.
+        hidden = decoded[0][-1][0]
+        predicted = refine_boxes(model.bbox_embed(hidden), torch.stack(trace.references)[:, None])
+        assert torch.allclose(predicted[:, 0], trace.boxes, atol=1e-6)
+    model.aux_loss = False
+    assert torch.equal(trace_layers(model, image).boxes, trace.boxes)
+    assert model.aux_loss is False
+
+
+@pytest.mark.parametrize("options", DENSE)
+def test_dense_weights_give_the_output_of_the_attention(options: str, image: Tensor) -> None:
+    model: Any = build(options).model
+    layers = model.transformer.decoder.layers
+    with recorded_modules(*(layer.cross_attn for layer in layers)) as calls:
+        traces = trace_cross_attention(model, image)
+    assert len(traces) == len(layers)
+    for layer, trace, (_, _, value, _, output) in zip(layers, traces, calls, strict=True):
+        assert isinstance(trace, DenseAttention)
+        weights = trace.maps[0].flatten(2)
+        assert trace.maps[0].shape[-2:] == (3, 4)  # 48 x 64 pixels at stride 16
+        assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+        mixed = weights @ value[0].unflatten(-1, (4, -1)).transpose(0, 1)
+        # float32 sums in another order.
+        assert torch.allclose(layer.cross_attn.out_proj(mixed.transpose(0, 1).flatten(1)), output[0], atol=1e-5)
+
+
+def test_weights_of_all_levels_give_the_mixture_of_levels(image: Tensor) -> None:
+    model: Any = build(LEVELED).model
+    layers = model.transformer.decoder.layers
+    with (
+        recorded_modules(*(layer.ca_v_proj for layer in layers)) as values,
+        recorded_modules(*(layer.ca_out_v_proj for layer in layers)) as mixtures,
+    ):
+        traces = trace_cross_attention(model, image)
+    for trace, (_, value), (mixture, _) in zip(traces, values, mixtures, strict=True):
+        assert isinstance(trace, DenseAttention)
+        assert [level.shape[-2:] for level in trace.maps] == [(6, 8), (3, 4), (2, 2)]
+        weights = torch.cat([level.flatten(2) for level in trace.maps], dim=-1)
+        assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+        mixed = weights @ value[0].unflatten(-1, (4, -1)).transpose(0, 1)
+        assert torch.allclose(mixed.transpose(0, 1).flatten(1), mixture[0], atol=1e-5)  # float32, another order
+
+
+@pytest.mark.parametrize("options", SAMPLED)
+def test_sampling_points_give_the_output_of_the_operator(options: str, image: Tensor) -> None:
+    model: Any = build(options).model
+    attentions = [layer.cross_attn for layer in model.transformer.decoder.layers]
+    with (
+        recorded_modules(*attentions) as calls,
+        recorded_modules(*(a.value_proj for a in attentions)) as values,
+        recorded_modules(*(a.output_proj for a in attentions)) as sums,
+        recorded_modules(*(a.sampling_offsets for a in attentions)) as offsets,
+    ):
+        traces = trace_cross_attention(model, image)
+    for trace, call, value, total, offset in zip(traces, calls, values, sums, offsets, strict=True):
+        assert isinstance(trace, SampledAttention)
+        assert trace.locations.shape == (6, 4, 3, 4, 2)
+        assert torch.allclose(trace.weights.sum((-1, -2)), torch.ones(()), atol=1e-5)
+        _, references, _, shapes, *_ = call
+        tokens = value[-1].unflatten(-1, (4, -1))
+        again = reference.forward(tokens, shapes, trace.locations[None], trace.weights[None])
+        assert torch.allclose(again, total[0], atol=1e-5)  # another backend: float32 sums in another order
+        moved = offset[-1][0].view(6, 4, 3, 4, 2)
+        if references.shape[-1] == 4:
+            reach = references[0, :, None, :, None, 2:] * 0.5 / 4
+        else:
+            reach = 1 / torch.tensor(shapes).flip(-1)[:, None]
+        wanted = references[0, :, None, :, None, :2] + moved * reach
+        assert torch.allclose(trace.locations, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", DENOISING)
+def test_denoising_part_is_the_one_fed_in(options: str, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build(options).model
+    with recorded_calls(dn_components, "add_noise") as drawn:
+        first, again = (trace_denoising(model, image, TARGET, seed=3) for _ in range(2))
+    assert not model.training
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))  # no dropout either
+    noised_labels, noised_boxes = drawn[0][-1]
+    assert torch.equal(first.noised_labels, noised_labels)
+    # The models clamp to [0.001, 0.999] before the logit.
+    assert torch.allclose(first.noised_boxes, inverse_sigmoid(noised_boxes).sigmoid(), atol=1e-6)
+    contrastive = "--contrastive" in options
+    copies = 4 if contrastive else 2
+    assert first.group.tolist() == [group for group in range(5) for _ in range(copies)]
+    assert first.known.tolist() == [0, 1] * (5 * copies // 2)
+    assert first.negative.tolist() == [False, False, True, True][:copies] * 5
+    assert (first.noised_labels[first.negative] == 3).all()
+    other = trace_denoising(model, image, TARGET, seed=4)
+    assert not torch.equal(first.noised_boxes, other.noised_boxes)
+    # Without noise the answer of the model in training, dropout switched off, is the one shown.
+    monkeypatch.setattr(dn_components, "add_noise", lambda labels, boxes, *_, **__: (labels, boxes))
+    clean = trace_denoising(model, image, TARGET, seed=0)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.modules.batchnorm._BatchNorm):
+            module.eval()
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    denoised = model([image], [TARGET])["dn_meta"]
+    assert torch.allclose(clean.boxes, denoised.boxes_cxcywh[-1, 0][denoised.meta.slot_index], atol=1e-5)
+    known = TARGET["boxes"][clean.known]
+    assert torch.allclose(clean.noised_boxes, known, atol=1e-6)
+
+
+def test_heat_map_keeps_the_share_of_every_level() -> None:
+    fine, coarse = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 2, 2)
+    fine[0, 0, 0, 3], fine[1, 0, 1, 3] = 0.4, 0.4
+    coarse[:, 0, 1, 0] = 0.6
+    heat = heat_map(DenseAttention([fine, coarse]), 0)
+    assert heat.sum().item() == pytest.approx(1)
+    assert heat[0, 3].item() == pytest.approx(0.2) and heat[1, 3].item() == pytest.approx(0.2)
+    assert torch.allclose(heat[2:, :2], torch.full((2, 2), 0.15))
+    one_head = heat_map(DenseAttention([fine, coarse]), 0, slice(1, 2))
+    assert one_head[1, 3].item() == pytest.approx(0.4) and one_head[0, 3] == 0
+    # A coarse level of 3 rows over 4: rows weigh unequally, the level keeps its share all the same.
+    odd = heat_map(DenseAttention([torch.zeros(1, 1, 4, 4), torch.full((1, 1, 3, 3), 1 / 9)]), 0)
+    assert odd.sum().item() == pytest.approx(1)
+
+
+def test_queries_are_the_best_or_those_asked_for() -> None:
+    probabilities = torch.tensor([[0.1, 0.2], [0.9, 0.0], [0.3, 0.4]])
+    assert choose_queries(probabilities, None, 2) == [1, 2]
+    assert choose_queries(probabilities, None, 9) == [1, 2, 0]
+    assert choose_queries(probabilities, [2, 0], 1) == [2, 0]
+    with pytest.raises(OptionError, match="from 0 to 2, got 3"):
+        choose_queries(probabilities, [3], 1)
+
+
+def test_boxes_are_drawn_where_they_are(tmp_path: Path) -> None:
+    gray = Image.new("RGB", (100, 50), (90, 90, 90))
+    figure, axes = make_panels(1, 1, gray)
+    show_picture(axes[0, 0], gray)
+    place = draw_reference(axes[0, 0], torch.tensor([0.5, 0.5, 0.4, 0.4]), gray, "#ff0000", width=3)
+    assert place == pytest.approx((30, 15))
+    assert draw_reference(axes[0, 0], torch.tensor([0.1, 0.2]), gray, "#00ff00") == pytest.approx((10, 10))
+    save(figure, tmp_path / "box.png")
+    with Image.open(tmp_path / "box.png") as drawn:
+        pixels = drawn.convert("RGB")
+
+    def color(x: float, y: float) -> Any:
+        # The panel fills the picture but for a border of 5 pixels and a frame of 1.
+        return pixels.getpixel((round(6 + x * (pixels.width - 12)), round(6 + y * (pixels.height - 12))))
+
+    assert color(0.3, 0.5) == color(0.5, 0.3) == color(0.7, 0.4) == (255, 0, 0)
+    assert color(0.1, 0.2) == (0, 255, 0)
+    assert color(0.5, 0.5) == color(0.9, 0.9) == (90, 90, 90)
+
+
+def test_texts_stay_inside_and_apart() -> None:
+    gray = Image.new("RGB", (200, 100))
+    figure, axes = make_panels(1, 1, gray)
+    for _ in range(3):
+        write_text(axes[0, 0], (195, -20), "a long name 0.50", "white", gray)
+    xs, ys = zip(*(text.get_position() for text in axes[0, 0].texts), strict=True)
+    assert min(ys) == 0 and max(xs) < 195
+    assert sorted(ys)[1] - sorted(ys)[0] >= 10 and sorted(ys)[2] - sorted(ys)[1] >= 10
+
+
+@pytest.mark.parametrize("options", [DENSE[1], LEVELED, SAMPLED[1], "deformable_detr"])
+def test_pictures_of_every_kind_are_drawn(options: str, tmp_path: Path) -> None:
+    detector = build(options)
+    for name, draw in (("anchors", draw_anchors), ("attention", draw_attention)):
+        chosen = draw(detector, picture(), tmp_path / f"{name}.png", count=2)
+        assert len(chosen) == 2
+        with Image.open(tmp_path / f"{name}.png") as drawn:
+            assert drawn.width > 800  # at least three panels beside each other
+    if options == "deformable_detr":
+        with pytest.raises(OptionError, match="--use_dn"):
+            draw_denoising(detector, picture(), ANNOTATIONS, tmp_path / "denoising.png")
+        return
+    draw_denoising(detector, picture(), ANNOTATIONS, tmp_path / "denoising.png", groups=2)
+    with Image.open(tmp_path / "denoising.png") as drawn:
+        rows = 4 if "--contrastive" in options else 2
+        assert drawn.width > 800 and drawn.height > rows * 200
+    with pytest.raises(OptionError, match="no known object"):
+        draw_denoising(detector, picture(), [], tmp_path / "nothing.png")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write a checkpoint as training does, and a data set; return their places."""
+    folder = tmp_path_factory.mktemp("files")
+    detector = build("dn_dab_detr --use_dn --scalar 2 --label_noise_scale 0.9")
+    content = {"model": detector.model.state_dict(), "options": vars(detector.args)}
+    torch.save(content | {"class_names": ["N/A", "leaf", "brick"]}, folder / "checkpoint.pth")
+    data = write_pictures(folder / "data")
+    return {"folder": folder, "checkpoint": folder / "checkpoint.pth", "data": data}
+
+
+def test_command_line_draws(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, data = str(files["checkpoint"]), files["data"]
+    one = str(data / "val2017" / "101.png")
+    annotations = str(data / "annotations" / "instances_val2017.json")
+    (tmp_path / "log.txt").write_text(
+        "".join(json.dumps({"epoch": e, "test_instability": 3 - e}) + "\n" for e in (1, 2))
+    )
+    for name, arguments in {
+        "a.png": ["anchors", checkpoint, one, "--queries", "5", "0"],
+        "b.svg": ["attention", checkpoint, one, "--count", "1", "--head", "2"],
+        "c.png": ["denoising", checkpoint, one, annotations],
+        "d.png": ["denoising", checkpoint, "--coco_path", str(data), "--image_id", "101"],
+        "e.png": ["instability", str(tmp_path)],
+    }.items():
+        assert main([*arguments, "--output", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).stat().st_size > 1000
+        assert f"wrote {tmp_path / name}" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "b.svg").read_text()
+    # Both ways of naming the picture give the same one.
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "d.png").read_bytes()
+
+
+def test_noise_is_that_of_the_run(files: dict[str, Path]) -> None:
+    noise = stored_noise(str(files["checkpoint"]))
+    detector = load_detector(files["checkpoint"], options=noise)
+    model: Any = detector.model
+    assert (model.denoising.num_groups, model.denoising.label_noise_scale) == (2, 0.9)
+    louder = load_detector(files["checkpoint"], options=[*noise, "--label_noise_scale", "0.1"])
+    assert louder.model.denoising.label_noise_scale == 0.1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["anchors", "CHECKPOINT", "nowhere.jpg"], "cannot read the picture nowhere.jpg"),
+        (["anchors", "nowhere.pth", "PICTURE"], "no checkpoint nowhere.pth"),
+        (["anchors", "CHECKPOINT", "PICTURE", "--queries", "6"], "from 0 to 5, got 6"),
+        (["attention", "CHECKPOINT", "PICTURE", "--head", "4"], "--head from 0 to 3"),
+        (["denoising", "CHECKPOINT", "PICTURE"], "expected IMAGE and ANNOTATION.json, or"),
+        (["denoising", "CHECKPOINT", "PICTURE", "JSON", "--image_id", "3"], "expected IMAGE and ANNOTATION.json, or"),
+        (["denoising", "CHECKPOINT", "--coco_path", "DATA", "--image_id", "3"], "image 3 is not listed"),
+        (["denoising", "CHECKPOINT", "--coco_path", "DATA", "--image_id", "103"], "no known object"),
+        (["instability", "DATA"], "no log.txt"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], words: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = files["data"]
+    places = {
+        "CHECKPOINT": files["checkpoint"],
+        "PICTURE": data / "val2017" / "101.png",
+        "JSON": data / "annotations" / "instances_val2017.json",
+        "DATA": data,
+    }
+    argv = [str(places.get(argument, argument)) for argument in arguments]
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--output", str(files["folder"] / "out.png")])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not (files["folder"] / "out.png").exists()
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "nowhere/x.png"])
+def test_output_is_checked_before_anything_is_computed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["instability", ".", "--output", name])
+    assert "--output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["anchors", "attention", "denoising", "instability"])
+def test_help_shows_an_example(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([kind, "--help"])
+    assert f"python -m tools.visualize {kind} outputs/demo" in capsys.readouterr().out
+
+
+def test_stored_noise_of_other_files_is_none(tmp_path: Path) -> None:
+    torch.save({"model": {}, "args": argparse.Namespace(use_dn=False, scalar=7)}, tmp_path / "a.pth")
+    assert stored_noise(str(tmp_path / "a.pth")) == []
+    assert stored_noise(str(tmp_path)) == []
