@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import main as program
+from datasets import DatasetError
 from models import build_model, dn_components
 from models.ops import reference
 from models.transformers.dab_decoder import refine_boxes
@@ -29,7 +30,7 @@ from tools.visualization.capture import (
     trace_denoising,
     trace_layers,
 )
-from tools.visualization.denoising import draw_denoising, stored_noise
+from tools.visualization.denoising import draw_denoising, stored_noise, to_labels
 from tools.visualization.drawing import choose_queries, draw_reference, make_panels, save, show_picture, write_text
 from tools.visualize import main
 from util.box_ops import inverse_sigmoid
@@ -317,6 +318,16 @@ def test_command_line_draws(files: dict[str, Path], tmp_path: Path, capsys: pyte
     assert "<svg" in (tmp_path / "b.svg").read_text()
     # Both ways of naming the picture give the same one.
     assert (tmp_path / "c.png").read_bytes() == (tmp_path / "d.png").read_bytes()
+
+
+def test_labels_come_from_category_ids_or_names() -> None:
+    detector = build("dab_detr")
+    categories = [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}, {"id": 2, "name": "bird"}]
+    dog, bird = {"category_id": 7}, {"category_id": 2}
+    assert to_labels([dog], categories, detector) == [{"category_id": 2}]  # nobody knows the ids: by name
+    assert to_labels([dog], categories, detector._replace(category_ids=[7, 9, 8])) == [{"category_id": 0}]
+    with pytest.raises(DatasetError, match="'bird' is none of the detector's classes: cat, dog"):
+        to_labels([bird], categories, detector)
 
 
 def test_noise_is_that_of_the_run(files: dict[str, Path]) -> None:

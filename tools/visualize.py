@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         PICTURES[options.kind][0].run(options, arguments[split + 1 :])
     except (OptionError, CheckpointError, DatasetError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"wrote {options.output}")
     return 0
 

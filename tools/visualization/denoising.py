@@ -40,6 +40,7 @@ from .drawing import (
 )
 
 NO_CATEGORY = "N/A"
+Entry = dict[str, Any]  # of a COCO annotation file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, model_options: Sequence[str]) -> None:
     """Draw what the command line asks for."""
-    path, annotations = find_picture(options)
+    path, annotations, categories = find_picture(options)
     noise = [] if "--config_file" in model_options else stored_noise(options.checkpoint)
     detector = load_detector(options.checkpoint, options=[*noise, *model_options])
     draw_denoising(
         detector,
         read_picture(path),
-        to_labels(annotations, detector),
+        to_labels(annotations, categories, detector),
         options.output,
         groups=options.groups,
         seed=options.seed,
@@ -88,8 +89,8 @@ def stored_noise(checkpoint: str) -> list[str]:
     return arguments
 
 
-def find_picture(options: argparse.Namespace) -> tuple[Path, list[dict[str, Any]]]:
-    """Return a picture's file and its annotations, from either way of naming it.
+def find_picture(options: argparse.Namespace) -> tuple[Path, list[Entry], list[Entry]]:
+    """Return a picture's file, its annotations and all categories, from either way of naming it.
 
     Raises:
         OptionError: neither or both ways are used. DatasetError: the picture is not listed.
@@ -111,27 +112,38 @@ def find_picture(options: argparse.Namespace) -> tuple[Path, list[dict[str, Any]
         raise DatasetError(f"{wanted} is not listed in the annotation file")
     if path is not options.image:
         path = path / found[0]["file_name"]
-    return path, [a for a in content["annotations"] if a["image_id"] == found[0]["id"]]
+    annotations = [a for a in content["annotations"] if a["image_id"] == found[0]["id"]]
+    return path, annotations, content["categories"]
 
 
-def to_labels(annotations: Sequence[dict[str, Any]], detector: Detector) -> list[dict[str, Any]]:
+def to_labels(annotations: Sequence[Entry], categories: Sequence[Entry], detector: Detector) -> list[Entry]:
     """Return the annotations with the detector's labels in place of category ids.
+
+    A detector that does not know its category ids is asked for the categories' names.
+
+    Args:
+        annotations, categories: of a COCO annotation file.
 
     Raises:
         DatasetError: a category is none of the detector's.
     """
-    categories = detector.category_ids or range(len(detector.class_names))
-    label_of = {category: label for label, category in enumerate(categories)}
-    unknown = {a["category_id"] for a in annotations} - label_of.keys()
-    if unknown:
-        raise DatasetError(f"category {min(unknown)} is none of the detector's {len(label_of)}: use its own data set")
+    if detector.category_ids is not None:
+        label_of = {category: label for label, category in enumerate(detector.category_ids)}
+    else:
+        names = {name: label for label, name in enumerate(detector.class_names) if name != NO_CATEGORY}
+        label_of = {c["id"]: names[c["name"]] for c in categories if c["name"] in names}
+    for annotation in annotations:
+        if annotation["category_id"] not in label_of:
+            name = next(c["name"] for c in categories if c["id"] == annotation["category_id"])
+            known = ", ".join(name for name in detector.class_names if name != NO_CATEGORY)
+            raise DatasetError(f"category '{name}' is none of the detector's classes: {known}")
     return [a | {"category_id": label_of[a["category_id"]]} for a in annotations]
 
 
 def draw_denoising(
     detector: Detector,
     picture: Image.Image,
-    annotations: Sequence[dict[str, Any]],
+    annotations: Sequence[Entry],
     out_path: Path,
     *,
     groups: int = 3,
@@ -179,7 +191,9 @@ def draw_denoising(
             for query in (part & (trace.group == group)).nonzero().flatten().tolist():
                 known = int(trace.known[query])
                 color = color_of(known)
-                draw_reference(axis, boxes[known], picture, "white", style=":", width=1.0)
+                # Dots of both, to be seen on light and dark pictures.
+                draw_reference(axis, boxes[known], picture, "white", width=1.2)
+                draw_reference(axis, boxes[known], picture, "black", style=":", width=1.2)
                 place = draw_reference(axis, shown[query], picture, color, style="--" if negative else "-")
                 text = (
                     describe(trace.probabilities[query], names)
