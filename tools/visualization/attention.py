@@ -38,6 +38,7 @@ from .drawing import (
 
 HEAT = "inferno"
 LARGEST_POINT = 70.0  # square points of paper, of the heaviest sampling point of a panel
+OUTLINE = (1.0, 1.0, 1.0, 0.7)
 LEVEL_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
@@ -137,7 +138,7 @@ def draw_heat(axis: Axes, heat: Tensor, picture: Image.Image) -> None:
 
 
 def draw_points(axis: Axes, attention: SampledAttention, query: int, heads: slice, picture: Image.Image) -> None:
-    """Draw the sampling points of one query, larger and darker where they weigh more, a colour per level."""
+    """Draw the sampling points of one query, larger and less transparent where they weigh more, a colour per level."""
     weights = attention.weights[query, heads]
     places = attention.locations[query, heads] * torch.tensor([picture.width, picture.height])
     relative = weights / weights.max().clamp(min=1e-12)
@@ -145,4 +146,4 @@ def draw_points(axis: Axes, attention: SampledAttention, query: int, heads: slic
         x, y = places[:, level].flatten(0, 1).unbind(-1)
         share = relative[:, level].flatten().numpy()
         colors = to_rgba_array([LEVEL_COLORS[level % len(LEVEL_COLORS)]] * len(share), 0.15 + 0.7 * share)
-        axis.scatter(x.numpy(), y.numpy(), s=4 + LARGEST_POINT * share, c=colors, linewidths=0)
+        axis.scatter(x.numpy(), y.numpy(), s=4 + LARGEST_POINT * share, c=colors, edgecolors=OUTLINE, linewidths=0.4)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from datasets import DatasetError
@@ -117,8 +117,8 @@ def show_picture(axis: Axes, picture: Image.Image, *, faded: bool = False) -> No
     """Fill an axis with the picture, pixel coordinates; faded is pale and without colour, to draw on."""
     pixels = np.asarray(picture)
     if faded:
-        gray = np.asarray(picture.convert("L"), dtype=np.float32)
-        pixels = np.repeat((70 + gray * 0.7).clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+        gray = np.asarray(ImageOps.autocontrast(picture.convert("L"), cutoff=1), dtype=np.float32)
+        pixels = np.repeat((100 + gray * 0.6).astype(np.uint8)[..., None], 3, axis=-1)
     axis.imshow(pixels, extent=(0, picture.width, picture.height, 0))
     axis.set_xlim(0, picture.width)
     axis.set_ylim(picture.height, 0)
