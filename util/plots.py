@@ -90,7 +90,7 @@ def plot_instability(folders: Sequence[Path], out_path: Path) -> bool:
     axis.set_title("matching instability on val")
     axis.set_xlabel("epoch")
     axis.set_ylabel("queries per image with another object\nthan an epoch before")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")

@@ -188,21 +188,37 @@ def draw_denoising(
             show_picture(axis, picture)
             if row == 0:
                 axis.set_title(f"group {group + 1}")
-            for query in (part & (trace.group == group)).nonzero().flatten().tolist():
-                known = int(trace.known[query])
-                color = color_of(known)
-                # Dots of both, to be seen on light and dark pictures.
-                draw_reference(axis, boxes[known], picture, "white", width=1.2)
-                draw_reference(axis, boxes[known], picture, "black", style=":", width=1.2)
-                place = draw_reference(axis, shown[query], picture, color, style="--" if negative else "-")
-                text = (
-                    describe(trace.probabilities[query], names)
-                    if denoised
-                    else _input_label(int(trace.noised_labels[query]), int(labels[known]), names)
-                )
-                write_text(axis, place, text, color, picture)
+            queries = (part & (trace.group == group)).nonzero().flatten().tolist()
+            _draw_queries(axis, picture, trace, queries, labels, boxes, names, denoised=denoised)
     save(figure, out_path)
     return trace
+
+
+def _draw_queries(
+    axis: Axes,
+    picture: Image.Image,
+    trace: DenoisingTrace,
+    queries: Sequence[int],
+    labels: Tensor,
+    boxes: Tensor,
+    names: Sequence[str],
+    *,
+    denoised: bool,
+) -> None:
+    """Draw queries of the denoising part as fed in, or as answered, over their true boxes."""
+    for query in queries:
+        known = int(trace.known[query])
+        color = color_of(known)
+        # Dots of both, to be seen on light and dark pictures.
+        draw_reference(axis, boxes[known], picture, "white", width=1.2)
+        draw_reference(axis, boxes[known], picture, "black", style=":", width=1.2)
+        box = (trace.boxes if denoised else trace.noised_boxes)[query]
+        place = draw_reference(axis, box, picture, color, style="--" if trace.negative[query] else "-")
+        if denoised:
+            text = describe(trace.probabilities[query], names)
+        else:
+            text = _input_label(int(trace.noised_labels[query]), int(labels[known]), names)
+        write_text(axis, place, text, color, picture)
 
 
 def _input_label(noised: int, true: int, names: Sequence[str]) -> str:
