@@ -164,6 +164,7 @@ def test_noise_is_that_of_the_run(files: dict[str, Path]) -> None:
         (["anchors", "CHECKPOINT", "nowhere.jpg"], "cannot read the picture nowhere.jpg"),
         (["anchors", "nowhere.pth", "PICTURE"], "no checkpoint nowhere.pth"),
         (["anchors", "CHECKPOINT", "PICTURE", "--queries", "6"], "from 0 to 5, got 6"),
+        (["attention", "CHECKPOINT", "PICTURE", "--count", "0"], "at least 1, got 0"),
         (["attention", "CHECKPOINT", "PICTURE", "--head", "4"], "--head from 0 to 3"),
         (["denoising", "CHECKPOINT", "PICTURE"], "expected IMAGE and ANNOTATION.json, or"),
         (["denoising", "CHECKPOINT", "PICTURE", "JSON", "--image_id", "3"], "expected IMAGE and ANNOTATION.json, or"),

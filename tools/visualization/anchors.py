@@ -23,6 +23,7 @@ from .drawing import (
     describe,
     draw_reference,
     make_panels,
+    positive,
     prepare,
     read_picture,
     save,
@@ -36,7 +37,7 @@ MOST_COLUMNS = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this picture."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="picture to look at")
-    parser.add_argument("--count", type=int, default=6, help="draw so many queries with the highest scores")
+    parser.add_argument("--count", type=positive, default=6, help="draw so many queries with the highest scores")
     parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="draw these queries instead")
 
 

@@ -30,6 +30,7 @@ from .drawing import (
     describe,
     draw_reference,
     make_panels,
+    positive,
     prepare,
     read_picture,
     save,
@@ -45,7 +46,7 @@ LEVEL_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this picture."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="picture to look at")
-    parser.add_argument("--count", type=int, default=3, help="draw so many queries with the highest scores")
+    parser.add_argument("--count", type=positive, default=3, help="draw so many queries with the highest scores")
     parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="draw these queries instead")
     parser.add_argument("--head", type=int, metavar="N", help="one attention head; left out: the mean of all")
 

@@ -32,6 +32,7 @@ from .drawing import (
     describe,
     draw_reference,
     make_panels,
+    positive,
     prepare,
     read_picture,
     save,
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coco_path", type=Path, metavar="FOLDER", help="data set folder, instead of the two")
     parser.add_argument("--image_id", type=int, metavar="N", help="picture of that data set")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="split of that data set")
-    parser.add_argument("--groups", type=int, default=3, help="draw so many denoising groups at most")
+    parser.add_argument("--groups", type=positive, default=3, help="draw so many denoising groups at most")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
 
 

@@ -41,6 +41,14 @@ def output_path(text: str) -> Path:
     return path
 
 
+def positive(text: str) -> int:
+    """Return a number of things to draw, checked: at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return number
+
+
 def read_picture(path: Path) -> Image.Image:
     """Return the RGB picture of a file.
 
