@@ -17,7 +17,6 @@ from models import build_model
 from tests.runs import command, finish, start, torchrun, write_pictures
 from tests.stand_ins import TinyCriterion, TinyData, TinyDetector, TinyEvaluator, TinyLoader, engine_args
 from tests.stand_ins import tiny_postprocess as postprocess
-from tests.test_main import _root_logger_as_before  # noqa: F401
 from util.checkpoint import atomic_save, load_checkpoint
 from util.instability import MATCHES_FILE, MatchingHistory, matching_instability
 from util.plots import plot_instability
