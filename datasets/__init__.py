@@ -71,6 +71,7 @@ def build_dataset(image_set: str, args: Namespace) -> CocoDetection:
         skip_bad_images=args.skip_bad_images,
         remove_difficult=args.remove_difficult,
         objects_required=image_set != "test",
+        image_backend=args.image_backend,
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from util.pixels import normalize_pixels
 
 from .annotations import (
     DatasetError,
@@ -28,10 +30,18 @@ from .annotations import (
 )
 from .images import ImageFolder
 from .labels import LabelMap
-
-Transform = Callable[[Image.Image, Target], tuple[Tensor, Target]]
+from .rendering import RENDERERS, Augmentation
+from .transforms import augment_target
 
 _log = logging.getLogger(__name__)
+
+
+class Transform(Protocol):
+    """What decides how pictures are changed, see `datasets.transforms`."""
+
+    def draw(self, width: int, height: int) -> Augmentation:
+        """Say what happens to a picture of this size."""
+        ...
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
@@ -40,7 +50,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     Args:
         image_folder: folder of the pictures.
         annotation_file: instances file of the split.
-        transform: turns (RGB picture, target with xyxy pixel boxes) into (tensor, target with relative cxcywh boxes).
+        transform: decides how each picture is resized, cut and mirrored.
         other_categories: categories of the other splits; labels and class count are those of all together.
         label_mapping: "ids" or "contiguous", see `LabelMap`.
         num_classes: classes of the model, None = what the categories need.
@@ -49,6 +59,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         remove_difficult: treat annotations with ``difficult`` or ``ignore`` 1 as crowd regions: never trained on,
             neither counted for nor against in evaluation.
         objects_required: False for files that list images only.
+        image_backend: "pil" gives the official pixels, "torch" nearly the same ones faster, see `datasets.rendering`.
 
     Attributes:
         ids: image ids; position in this list = index.
@@ -72,6 +83,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         skip_bad_images: bool = False,
         remove_difficult: bool = False,
         objects_required: bool = True,
+        image_backend: str = "pil",
     ) -> None:
         content = load_annotation_file(annotation_file, objects_required=objects_required)
         if not content["images"]:
@@ -98,6 +110,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._size_wh = [(image.get("width"), image.get("height")) for image in images]
         self._report_dropped(annotation_file)
         self._transform = transform
+        self._renderer = RENDERERS[image_backend]
         self._skip_bad_images = skip_bad_images
         # Shared with the workers, so that the main process can tell how many pictures they met.
         self._is_bad = torch.zeros(len(images), dtype=torch.bool).share_memory_()
@@ -112,11 +125,22 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         Raises:
             DatasetError: the picture is missing or damaged, and bad pictures are not skipped or none is readable.
         """
+        pixels, target = self.load(index)
+        return normalize_pixels(pixels), target
+
+    def load(self, index: int) -> tuple[Tensor, Target]:
+        """Return (image (3, H, W) uint8, target) of one picture, to be normalised where it is needed.
+
+        Raises:
+            DatasetError: as for `dataset[index]`.
+        """
         image, index = self._read(index)
-        self._compare_size(index, image)
+        width, height = self._renderer.size_wh(image)
+        self._compare_size(index, width, height)
+        plan = self._transform.draw(width, height)
         rows = slice(self._first[index], self._first[index + 1])
-        target = make_target(self._objects.rows(rows), image_id=self.ids[index], width=image.width, height=image.height)
-        return self._transform(image, target)
+        target = make_target(self._objects.rows(rows), image_id=self.ids[index], width=width, height=height)
+        return self._renderer.render(image, plan), augment_target(target, plan, width=width, height=height)
 
     @property
     def num_bad_images(self) -> int:
@@ -127,6 +151,20 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def bad_image_ids(self) -> list[int]:
         """Ids of the pictures found unreadable so far, by any worker of this process."""
         return [self.ids[position] for position in self._is_bad.nonzero().flatten().tolist()]
+
+    def orientations(self) -> list[int]:
+        """Tell for every picture whether it is taller than wide (1) or not (0), by the annotation file.
+
+        Raises:
+            DatasetError: the file does not list the size of a picture.
+        """
+        unknown = [index for index, (width, height) in enumerate(self._size_wh) if not width or not height]
+        if unknown:
+            raise DatasetError(
+                f"--aspect_ratio_grouping needs width and height of every picture in the annotation file; "
+                f"{self.describe(unknown[0])} and {len(unknown) - 1} others have none: add them or leave the option out"
+            )
+        return [int(height > width) for width, height in self._size_wh]
 
     def describe(self, index: int) -> str:
         """Return path and image id of one picture, for messages."""
@@ -140,13 +178,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """Turn predicted labels of any shape into the category ids of the annotation file."""
         return self._labels.to_categories(labels)
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def _read(self, index: int) -> tuple[Any, int]:
+        decode = self._renderer.decode
         if not self._skip_bad_images:
-            return self.folder.read(index), index
+            return self.folder.read_with(decode, index), index
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
-                return self.folder.read(candidate), candidate
+                return self.folder.read_with(decode, candidate), candidate
             except DatasetError as error:
                 if not self._is_bad[candidate]:
                     self._is_bad[candidate] = True
@@ -174,16 +213,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 len(boxes_xyxy),
             )
 
-    def _compare_size(self, index: int, image: Image.Image) -> None:
+    def _compare_size(self, index: int, width: int, height: int) -> None:
         listed = self._size_wh[index]
-        if None in listed or listed == image.size or self._told_about_size[0]:
+        if None in listed or listed == (width, height) or self._told_about_size[0]:
             return
         self._told_about_size[0] = True
         _log.warning(
             "%s is %dx%d as stored, the annotation file says %sx%s: boxes are used as they are and EXIF rotation is "
             "not applied, check that they fit (said once)",
             self.folder.names[index],
-            *image.size,
+            width,
+            height,
             *listed,
         )
 

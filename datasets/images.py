@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from .annotations import DatasetError
 
 # What Pillow raises on damaged files, found by cutting and overwriting files of every format.
+T = TypeVar("T")
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -96,9 +98,21 @@ class ImageFolder:
         Raises:
             DatasetError: the file is missing or unreadable; the message has its path and image id.
         """
+        return self.read_with(decode_image, position)
+
+    def read_with(self, decode: Callable[[bytes], T], position: int) -> T:
+        """Decode one picture with a function of one's own.
+
+        Args:
+            decode: turns the content of a file into a picture; raises `DatasetError` when it cannot.
+            position: of the picture.
+
+        Raises:
+            DatasetError: as `read`.
+        """
         try:
             encoded = self._encoded[position] if self._encoded is not None else None
-            return decode_image(encoded if encoded is not None else self._read_bytes(position))
+            return decode(encoded if encoded is not None else self._read_bytes(position))
         except DatasetError as error:
             raise DatasetError(f"{self.describe(position)}: {error}; replace it or pass --skip_bad_images") from error
 

@@ -54,7 +54,8 @@ def build_data_loader(
     """Build the loader of a data set.
 
     Args:
-        dataset: yields (image (3, H, W), target).
+        dataset: yields (image (3, H, W), target). One with a method ``load`` gives uint8 pixels there, which travel
+            faster and become floats on the device (`util.step.to_device`), to the same values.
         batch_sampler: `TrainBatchSampler` or `EvalBatchSampler`; its ``epoch``, if it has one, enters the seeds.
         num_workers: loading processes, 0 = load in this one.
         seed: base of the samples' seeds.
@@ -196,6 +197,7 @@ class _SeededSamples(Dataset[Sample | DatasetError]):
 
     def __init__(self, dataset: Dataset[Sample], seed: int, num_workers: int) -> None:
         self.dataset = dataset
+        self._load = getattr(dataset, "load", dataset.__getitem__)
         self.seed = seed
         # Per worker its process id and the index it loads, -1 between two; shared, so that they outlive the worker.
         self._in_work = torch.full((num_workers, 2), -1, dtype=torch.int64).share_memory_()
@@ -205,7 +207,7 @@ class _SeededSamples(Dataset[Sample | DatasetError]):
         self._note(index)
         with sample_randomness(self.seed, epoch, index):
             try:
-                return self.dataset[index]
+                return self._load(index)
             except DatasetError as error:
                 return error
             finally:

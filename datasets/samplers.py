@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -17,19 +17,35 @@ class TrainBatchSampler(Sampler[list[int]]):
     ``set_epoch(epoch, first_batch=k)`` and sees exactly the batches it would have seen; the caller keeps k, because
     worker processes fetch ahead of what was trained on.
 
+    With groups the same images of an epoch are put into batches of one group each, in the order in which batches fill
+    up; what is left over of the groups at the end shares batches.
+
     Args:
         num_images: size of the data set.
         batch_size: images per batch and rank.
         seed: the same on all ranks.
         rank, world_size: this process among all.
+        groups: number of the group of every image; None does not group.
 
     Raises:
         DatasetError: there are too few images for one batch.
     """
 
-    def __init__(self, num_images: int, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Sequence[int] | None = None,
+    ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
+        if groups is not None and len(groups) != num_images:
+            raise ValueError(f"expected the group of each of {num_images} images, got {len(groups)}")
+        self.groups = groups
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.first_batch = 0
@@ -56,12 +72,29 @@ class TrainBatchSampler(Sampler[list[int]]):
         order = torch.randperm(self.num_images, generator=generator).tolist()
         # The first images fill the last round, so that every rank takes the same number of steps.
         order += order[: self._images_per_rank() * self.world_size - self.num_images]
-        mine = order[self.rank :: self.world_size]
-        for batch in range(self.first_batch, len(self)):
-            yield mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+        if self.groups is None:
+            mine = order[self.rank :: self.world_size]
+            batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        else:
+            used = order[: len(self) * self.world_size * self.batch_size]
+            batches = _batches_of_groups(used, self.groups, self.batch_size)[self.rank :: self.world_size]
+        yield from batches[self.first_batch : len(self)]
 
     def _images_per_rank(self) -> int:
         return -(-self.num_images // self.world_size)
+
+
+def _batches_of_groups(order: Sequence[int], groups: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Put indices into batches of one group, as they fill up, and the rest into mixed ones at the end."""
+    batches: list[list[int]] = []
+    waiting: dict[int, list[int]] = {}
+    for index in order:
+        batch = waiting.setdefault(groups[index], [])
+        batch.append(index)
+        if len(batch) == batch_size:
+            batches.append(waiting.pop(groups[index]))
+    left = [index for group in sorted(waiting) for index in waiting[group]]
+    return batches + [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
 
 
 class EvalBatchSampler(Sampler[list[int]]):

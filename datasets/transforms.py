@@ -2,7 +2,8 @@
 
 A target's ``boxes`` are xyxy in pixels until `to_model_input` makes them cxcywh relative to the image. Random numbers
 come from the python ``random`` module (flip, branch, sizes) and, for the position of the crop window, from torch's
-default generator, in the official order. Nothing here seeds them: `datasets.loader` does, per sample.
+default generator, in the official order. Nothing here seeds them: `datasets.loader` does, per sample. What is drawn
+depends on the size of the picture alone: drawing, pixels (`datasets.rendering`) and targets are three separate steps.
 """
 
 from __future__ import annotations
@@ -10,17 +11,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from util.box_ops import box_xyxy_to_cxcywh
+from util.pixels import normalize_pixels
 
 from .annotations import DatasetError, Target
+from .rendering import Augmentation, render_picture, to_pixels
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 TRAIN_SCALES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 MAX_SIZE = 1333
 RESIZE_BEFORE_CROP = (400, 500, 600)
@@ -49,28 +49,41 @@ def resized_hw(width: int, height: int, size: int, max_size: int | None) -> tupl
 
 def hflip(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
     """Mirror the image and its boxes left to right."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), hflip_target(target, image.width)
+
+
+def hflip_target(target: Target, width: int) -> Target:
+    """Mirror the boxes in a picture of this width."""
     x0, y0, x1, y1 = target["boxes"].unbind(-1)
-    boxes_xyxy = torch.stack((image.width - x1, y0, image.width - x0, y1), dim=-1)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), target | {"boxes": boxes_xyxy}
+    return target | {"boxes": torch.stack((width - x1, y0, width - x0, y1), dim=-1)}
 
 
 def resize(image: Image.Image, target: Target, size_hw: tuple[int, int]) -> tuple[Image.Image, Target]:
     """Resize the image bilinearly with antialiasing, its boxes and areas with it."""
-    height, width = size_hw
-    scale_x, scale_y = width / image.width, height / image.height
-    changed = {
+    resized = image.resize(size_hw[::-1], Image.Resampling.BILINEAR)
+    return resized, resize_target(target, (image.height, image.width), size_hw)
+
+
+def resize_target(target: Target, from_hw: tuple[int, int], size_hw: tuple[int, int]) -> Target:
+    """Scale boxes and areas with a picture that is resized."""
+    scale_y, scale_x = (new / old for new, old in zip(size_hw, from_hw, strict=True))
+    return target | {
         "boxes": target["boxes"] * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
         "area": target["area"] * (scale_x * scale_y),
-        "size": torch.tensor([height, width]),
+        "size": torch.tensor(size_hw),
     }
-    return image.resize((width, height), Image.Resampling.BILINEAR), target | changed
 
 
 def crop(image: Image.Image, target: Target, window: tuple[int, int, int, int]) -> tuple[Image.Image, Target]:
-    """Cut a window out; objects that lose their whole area are dropped, the others get the area of the box left.
+    """Cut a window (top, left, height, width) out of the image, and see `crop_target`."""
+    top, left, height, width = window
+    return image.crop((left, top, left + width, top + height)), crop_target(target, window)
+
+
+def crop_target(target: Target, window: tuple[int, int, int, int]) -> Target:
+    """Drop objects that lose their whole area; the others get the area of the box left.
 
     Args:
-        image: PIL picture.
         target: boxes xyxy in pixels.
         window: (top, left, height, width) in pixels.
     """
@@ -79,24 +92,44 @@ def crop(image: Image.Image, target: Target, window: tuple[int, int, int, int]) 
     boxes_xyxy = boxes_xyxy.minimum(torch.tensor([width, height, width, height], dtype=torch.float32)).clamp(min=0)
     extent = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
     keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
-    changed = {
+    return target | {
         "boxes": boxes_xyxy[keep],
         "area": (extent[:, 0] * extent[:, 1])[keep],
         "labels": target["labels"][keep],
         "iscrowd": target["iscrowd"][keep],
         "size": torch.tensor([height, width]),
     }
-    return image.crop((left, top, left + width, top + height)), target | changed
+
+
+def augment_target(target: Target, plan: Augmentation, *, width: int, height: int) -> Target:
+    """Carry the objects of a picture along with what is done to it.
+
+    Args:
+        target: boxes xyxy in pixels.
+        plan: what is done.
+        width, height: size of the picture before.
+
+    Returns:
+        The target with ``boxes`` cxcywh relative to the outcome.
+    """
+    size_hw = (height, width)
+    if plan.flip:
+        target = hflip_target(target, width)
+    if plan.before_crop_hw is not None and plan.window is not None:
+        target = crop_target(resize_target(target, size_hw, plan.before_crop_hw), plan.window)
+        size_hw = plan.window[2:]
+    return relative_boxes(resize_target(target, size_hw, plan.size_hw), plan.size_hw)
+
+
+def relative_boxes(target: Target, size_hw: tuple[int, int]) -> Target:
+    """Turn xyxy boxes in pixels of an image of this size into relative cxcywh."""
+    height, width = size_hw
+    return target | {"boxes": box_xyxy_to_cxcywh(target["boxes"]) / torch.tensor([width, height, width, height])}
 
 
 def to_model_input(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
     """Turn an RGB picture into a normalised (3, H, W) float32 tensor and its boxes into relative cxcywh."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    tensor = torch.empty(pixels.shape, dtype=torch.float32).copy_(pixels).div_(255)
-    tensor.sub_(torch.tensor(IMAGE_MEAN)[:, None, None]).div_(torch.tensor(IMAGE_STD)[:, None, None])
-    width, height = image.size
-    boxes_cxcywh = box_xyxy_to_cxcywh(target["boxes"]) / torch.tensor([width, height, width, height])
-    return tensor, target | {"boxes": boxes_cxcywh}
+    return normalize_pixels(to_pixels(image)), relative_boxes(target, (image.height, image.width))
 
 
 class TrainTransform:
@@ -131,18 +164,22 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Augment one sample; a target with xyxy pixel boxes becomes one with relative cxcywh boxes."""
-        if random.random() < 0.5:
-            image, target = hflip(image, target)
+        return _apply(self.draw(image.width, image.height), image, target)
+
+    def draw(self, width: int, height: int) -> Augmentation:
+        """Draw what happens to a picture of this size."""
+        flip = random.random() < 0.5
         if self.fix_size:
             # One possible size, yet drawn as official, so that the random numbers after it are the same.
-            width, height = random.choice([(self.max_size, max(self.scales))])
-            return to_model_input(*resize(image, target, (height, width)))
+            out_width, out_height = random.choice([(self.max_size, max(self.scales))])
+            return Augmentation(flip, None, None, (out_height, out_width))
+        before_crop_hw, window = None, None
         if random.random() >= 0.5:
-            size = random.choice(self.resize_before_crop)
-            image, target = resize(image, target, resized_hw(*image.size, size, None))
-            image, target = crop(image, target, self._window(image.width, image.height))
+            before_crop_hw = resized_hw(width, height, random.choice(self.resize_before_crop), None)
+            window = self._window(before_crop_hw[1], before_crop_hw[0])
+            height, width = window[2:]
         size = random.choice(self.scales)
-        return to_model_input(*resize(image, target, resized_hw(*image.size, size, self.max_size)))
+        return Augmentation(flip, before_crop_hw, window, resized_hw(width, height, size, self.max_size))
 
     def _window(self, image_width: int, image_height: int) -> tuple[int, int, int, int]:
         width = random.randint(self.crop_min, min(image_width, self.crop_max))
@@ -164,8 +201,16 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Prepare one sample; a target with xyxy pixel boxes becomes one with relative cxcywh boxes."""
-        size_hw = resized_hw(*image.size, self.scale, self.max_size)
-        return to_model_input(*resize(image, target, size_hw))
+        return _apply(self.draw(image.width, image.height), image, target)
+
+    def draw(self, width: int, height: int) -> Augmentation:
+        """Say what happens to a picture of this size."""
+        return Augmentation(False, None, None, resized_hw(width, height, self.scale, self.max_size))
+
+
+def _apply(plan: Augmentation, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+    target = augment_target(target, plan, width=image.width, height=image.height)
+    return normalize_pixels(render_picture(image, plan)), target
 
 
 def _check_sizes(

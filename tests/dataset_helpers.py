@@ -34,6 +34,7 @@ def options(**changes: Any) -> Namespace:
         "skip_bad_images": False,
         "remove_difficult": False,
         "fix_size": False,
+        "image_backend": "pil",
         "eval_scale": 800,
         "data_aug_scales": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
         "data_aug_max_size": 1333,

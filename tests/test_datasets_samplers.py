@@ -68,6 +68,38 @@ def test_train_sampler_goes_on_after_the_batches_done(world_size: int, done: int
         assert list(resumed) == list(sampler)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_images", [24, 26, 47])
+def test_grouped_batches_hold_one_group_and_the_same_number_of_images(num_images: int, world_size: int) -> None:
+    groups = [int(index % 3 == 0) for index in range(num_images)]
+    ranks = []
+    for rank in range(world_size):
+        place = {"batch_size": 4, "seed": 7, "rank": rank, "world_size": world_size}
+        sampler = TrainBatchSampler(num_images, groups=groups, **place)
+        sampler.set_epoch(3)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler) == len(TrainBatchSampler(num_images, **place))
+        resumed = TrainBatchSampler(num_images, groups=groups, **place)
+        resumed.set_epoch(3, first_batch=1)
+        assert list(resumed) == ranks[-1][1:]
+        sampler.set_epoch(4)
+        assert list(sampler) != ranks[-1]
+    batches = [batch for rank in ranks for batch in rank]
+    assert {len(batch) for batch in batches} == {4}
+    # Two groups leave at most three images each, which share two batches at the end.
+    assert sum(len({groups[index] for index in batch}) > 1 for batch in batches) <= 2
+    seen = [index for batch in batches for index in batch]
+    if num_images == 24:
+        assert sorted(seen) == list(range(24))
+    # As without groups: images are repeated only to make the ranks even.
+    assert len(seen) - len(set(seen)) <= -num_images % world_size
+
+
+def test_groups_must_fit_the_data_set() -> None:
+    with pytest.raises(ValueError, match="group of each of 24 images, got 3"):
+        TrainBatchSampler(24, batch_size=4, groups=[0, 1, 0])
+
+
 def test_train_sampler_refuses_what_cannot_be() -> None:
     with pytest.raises(DatasetError, match="3 images on 2 processes make no batch of 4"):
         TrainBatchSampler(3, batch_size=4, world_size=2)

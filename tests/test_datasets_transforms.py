@@ -15,8 +15,6 @@ from PIL import Image
 from datasets.annotations import DatasetError, Target
 from datasets.transforms import (
     CROP_RANGE,
-    IMAGE_MEAN,
-    IMAGE_STD,
     MAX_SIZE,
     RESIZE_BEFORE_CROP,
     TRAIN_SCALES,
@@ -29,6 +27,7 @@ from datasets.transforms import (
     to_model_input,
 )
 from tests.golden_recipe import load_json, rs_for
+from util.pixels import IMAGE_MEAN, IMAGE_STD
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,8 @@ def build_run(
     loading["pin_memory"] = args.pin_memory and device.type == "cuda"
     sampler, train_loader = None, None
     if train_data is not None:
-        sampler = TrainBatchSampler(len(train_data), seed=args.seed, **place)
+        groups = train_data.orientations() if args.aspect_ratio_grouping else None
+        sampler = TrainBatchSampler(len(train_data), seed=args.seed, groups=groups, **place)
         train_loader = build_data_loader(train_data, batch_sampler=sampler, **loading)
     try:
         model, criterion, postprocessors = build_model(args)

@@ -50,12 +50,20 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
         raise ValueError(f"expected a non-empty list of (C, H, W) images, got shapes {shapes}")
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
-    batch = images[0].new_zeros((len(images), images[0].shape[0], height, width))
-    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images[0].device)
+    shape = (len(images), images[0].shape[0], height, width)
+    if images[0].stride(0) == 1:
+        # Pixels lie as decoders write them, the colours of one together: kept so, then whole rows can be copied.
+        batch = images[0].new_empty((shape[0], *shape[2:], shape[1])).permute(0, 3, 1, 2)
+    else:
+        batch = images[0].new_empty(shape)
+    mask = torch.zeros((len(images), height, width), dtype=torch.bool, device=images[0].device)
     for index, image in enumerate(images):
         h, w = image.shape[-2:]
         batch[index, :, :h, :w].copy_(image)
-        mask[index, :h, :w] = False
+        # Not the whole batch before the copy, which would write most of it twice.
+        for part, padding in ((batch[index], 0), (mask[index], True)):
+            part[..., h:, :] = padding
+            part[..., :h, w:] = padding
     return NestedTensor(batch, mask)
 
 

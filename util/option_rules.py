@@ -201,6 +201,9 @@ def _combinations(args: argparse.Namespace, by_hand: set[str]) -> Iterator[str]:
     for name in TRACKERS if args.eval else ():
         if name in by_hand:
             yield f"--{name} follows a training and has no effect with --eval, which writes log.txt"
+    if "aspect_ratio_grouping" in by_hand and (args.batch_size == 1 or args.fix_size):
+        why = "--fix_size" if args.fix_size else "--batch_size 1"
+        yield f"--aspect_ratio_grouping has no effect with {why}: batches have no padding then"
     unused = ("data_aug_scales", "data_aug_scales2_resize", "data_aug_scales2_crop")
     for name in unused if args.fix_size else ():
         if name in by_hand:

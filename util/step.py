@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .distributed import mean_over_ranks
 from .nested_tensor import NestedTensor
+from .pixels import normalize_batch
 
 T = TypeVar("T")
 Batch = tuple[NestedTensor, Sequence[dict[str, Tensor]]]
@@ -104,10 +105,10 @@ def autocast(device: torch.device, *, enabled: bool, dtype: str | None) -> torch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy images and targets to the device."""
+    """Copy images and targets to the device; uint8 pixels are normalised there, a quarter of the bytes to move."""
     samples, targets = batch
     moved = [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets]
-    return samples.to(device, non_blocking=True), moved
+    return normalize_batch(samples.to(device, non_blocking=True)), moved
 
 
 def in_groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
