@@ -109,7 +109,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._objects, self._first = self._group_by_image(content["annotations"])
         self._size_wh = [(image.get("width"), image.get("height")) for image in images]
         self._report_dropped(annotation_file)
-        self._transform = transform
+        self.transform = transform
         self._renderer = RENDERERS[image_backend]
         self._skip_bad_images = skip_bad_images
         # Shared with the workers, so that the main process can tell how many pictures they met.
@@ -137,7 +137,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         image, index = self._read(index)
         width, height = self._renderer.size_wh(image)
         self._compare_size(index, width, height)
-        plan = self._transform.draw(width, height)
+        plan = self.transform.draw(width, height)
         rows = slice(self._first[index], self._first[index + 1])
         target = make_target(self._objects.rows(rows), image_id=self.ids[index], width=width, height=height)
         return self._renderer.render(image, plan), augment_target(target, plan, width=width, height=height)

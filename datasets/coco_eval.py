@@ -1,16 +1,21 @@
-"""COCO average precision on pycocotools, over any number of ranks, each image counted once."""
+"""COCO average precision over any number of ranks, each image counted once.
+
+Detections stay arrays until faster-coco-eval matches them, whose compiled loops give pycocotools' numbers; figures and
+tables are pycocotools' own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from faster_coco_eval import COCOeval_faster
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -19,7 +24,6 @@ from torch import Tensor
 from util.distributed import all_gather_object
 
 from .annotations import DatasetError
-from .coco import index_annotations
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +31,8 @@ _log = logging.getLogger(__name__)
 class CocoEvaluator:
     """Collects detections and computes the 12 COCO figures of the images it was given.
 
-    ``update`` for every batch, then ``synchronize_between_processes``, ``accumulate`` and ``summarize``. Each rank
-    evaluates its own images; only the outcome travels. An image that several ranks saw counts once, for the lowest.
+    ``update`` for every batch, then ``synchronize_between_processes``, ``accumulate`` and ``summarize``. All ranks
+    exchange their detections and get the same figures. An image that several ranks saw counts once, for the lowest.
 
     Args:
         coco_gt: ground truth.
@@ -36,7 +40,7 @@ class CocoEvaluator:
 
     Attributes:
         coco_eval: per IoU type pycocotools' evaluator; ``coco_eval["bbox"].stats`` holds the 12 figures after
-            `summarize`, ``.eval`` the precision arrays after `accumulate`.
+            `summarize`, ``.eval`` the precision arrays after `accumulate`. Its outcome per image stays empty.
         img_ids: images evaluated; those of all ranks after `synchronize_between_processes`.
 
     Raises:
@@ -49,8 +53,12 @@ class CocoEvaluator:
         self.coco_gt = coco_gt
         self.iou_types = list(iou_types)
         self.coco_eval = {iou_type: COCOeval(iouType=iou_type) for iou_type in self.iou_types}
+        for evaluator in self.coco_eval.values():
+            evaluator.cocoGt = coco_gt
+            evaluator.params.catIds = sorted(coco_gt.getCatIds())
         self.img_ids: list[int] = []
         self._detections: dict[int, NDArray[np.float64]] = {}
+        self._merged: dict[int, NDArray[np.float64]] = {}
         self._is_synchronized = False
 
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -70,28 +78,27 @@ class CocoEvaluator:
         self._is_synchronized = False
 
     def synchronize_between_processes(self) -> None:
-        """Evaluate this rank's images and merge the outcome of all ranks."""
-        image_ids = sorted(self._detections)
-        per_image = {iou_type: self._evaluate(iou_type, image_ids) for iou_type in self.iou_types}
-        gathered = all_gather_object((image_ids, per_image))
-        every_id = np.concatenate([np.array(ids, dtype=np.int64) for ids, _ in gathered])
-        merged_ids, first = np.unique(every_id, return_index=True)
-        self.img_ids = merged_ids.tolist()
-        for iou_type, evaluator in self.coco_eval.items():
-            merged = np.concatenate([outcome[iou_type] for _, outcome in gathered], axis=2)[:, :, first]
+        """Collect the detections of all ranks."""
+        image_ids = np.array(list(self._detections), dtype=np.int64)
+        counts = np.array([len(rows) for rows in self._detections.values()], dtype=np.int64)
+        rows = np.concatenate([*self._detections.values(), np.zeros((0, 6))])
+        gathered = all_gather_object((image_ids, counts, rows))
+        self._merged = {}
+        for ids_of_rank, counts_of_rank, rows_of_rank in gathered:
+            parts = np.split(rows_of_rank, np.cumsum(counts_of_rank)[:-1]) if len(counts_of_rank) else []
+            for image_id, part in zip(ids_of_rank.tolist(), parts, strict=True):
+                self._merged.setdefault(image_id, part)
+        self.img_ids = sorted(self._merged)
+        for evaluator in self.coco_eval.values():
             evaluator.params.imgIds = self.img_ids
-            evaluator.evalImgs = merged.ravel().tolist()
-            # pycocotools compares the parameters of evaluate and accumulate.
-            evaluator._paramsEval = copy.deepcopy(evaluator.params)
         self._is_synchronized = True
 
     def accumulate(self) -> None:
-        """Compute precision and recall over all images; merges the ranks first if that was not done."""
+        """Match detections and objects and compute precision and recall; merges the ranks first if need be."""
         if not self._is_synchronized:
             self.synchronize_between_processes()
         for evaluator in self.coco_eval.values():
-            with contextlib.redirect_stdout(io.StringIO()):
-                evaluator.accumulate()
+            evaluator.eval = _precision(self.coco_gt, self._merged, evaluator.params)
 
     def summarize(self) -> str:
         """Compute the 12 figures, ``coco_eval[...].stats``, and return and log pycocotools' table of them."""
@@ -104,20 +111,6 @@ class CocoEvaluator:
         table = "\n".join(tables)
         _log.info("%s", table)
         return table
-
-    def _evaluate(self, iou_type: str, image_ids: list[int]) -> NDArray[np.object_]:
-        """Match this rank's detections; (K categories, areas, images) of pycocotools' outcome per image."""
-        evaluator = self.coco_eval[iou_type]
-        evaluator.cocoGt = self.coco_gt
-        evaluator.cocoDt = _index_detections(self.coco_gt, self._detections)
-        evaluator.params.imgIds = image_ids
-        evaluator.params.catIds = sorted(self.coco_gt.getCatIds())
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluator.evaluate()
-        shape = (len(evaluator.params.catIds), len(evaluator.params.areaRng), len(image_ids))
-        outcome = np.empty(int(np.prod(shape)), dtype=object)
-        outcome[:] = evaluator.evalImgs
-        return outcome.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -196,27 +189,40 @@ def _as_rows(prediction: Mapping[str, Tensor]) -> NDArray[np.float64]:
     return rows
 
 
-def _index_detections(coco_gt: COCO, detections: Mapping[int, NDArray[np.float64]]) -> COCO:
-    """Build pycocotools' index of detections, as its ``loadRes`` would, which refuses an empty list."""
-    image_ids = np.repeat(list(detections), [len(rows) for rows in detections.values()]).astype(np.int64)
-    rows = np.concatenate([*detections.values(), np.zeros((0, 6))])
-    columns = zip(image_ids.tolist(), rows[:, :4].tolist(), rows[:, 4].tolist(), rows[:, 5].tolist(), strict=True)
-    annotations = [
-        {
-            "id": number,
-            "image_id": image_id,
-            "category_id": int(category_id),
-            "bbox": box,
-            "area": box[2] * box[3],
-            "score": score,
-            "iscrowd": 0,
-        }
-        for number, (image_id, box, score, category_id) in enumerate(columns, start=1)
-    ]
-    return index_annotations(
-        {
-            "images": [coco_gt.imgs[image_id] for image_id in detections],
-            "categories": coco_gt.dataset["categories"],
-            "annotations": annotations,
-        }
-    )
+class _Detections:
+    """Detections of many images in the form in which faster-coco-eval asks for them, without an index by image.
+
+    Args:
+        detections: image id -> (N, 6) rows as of `_as_rows`.
+        category_ids: those evaluated; detections of other categories are left out.
+    """
+
+    def __init__(self, detections: Mapping[int, NDArray[np.float64]], category_ids: Sequence[int]) -> None:
+        image_ids = np.repeat(list(detections), [len(rows) for rows in detections.values()]).astype(np.int64)
+        rows = np.concatenate([*detections.values(), np.zeros((0, 6))])
+        known = np.isin(rows[:, 5], category_ids)
+        self._columns = (image_ids[known], rows[known])
+
+    def getAnnIds(self, **_: Any) -> None:
+        """Ask for nothing: `loadAnns` gives all."""
+
+    def loadAnns(self, _: None) -> list[dict[str, Any]]:
+        """Return one entry per detection; they live no longer than the matching."""
+        image_ids, rows = self._columns
+        area = rows[:, 2] * rows[:, 3]
+        columns = (image_ids, rows[:, 5].astype(np.int64), rows[:, :4], area, rows[:, 4])
+        return [
+            {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": size, "score": score}
+            for i, (image, category, box, size, score) in enumerate(zip(*(c.tolist() for c in columns), strict=True), 1)
+        ]
+
+
+def _precision(coco_gt: COCO, detections: Mapping[int, NDArray[np.float64]], params: Any) -> dict[str, Any]:
+    """Compute what pycocotools' ``accumulate`` computes: precision, recall, scores, counts, params."""
+    evaluator = COCOeval_faster(iouType=params.iouType, print_function=_log.debug)
+    evaluator.cocoGt, evaluator.cocoDt = coco_gt, _Detections(detections, params.catIds)
+    evaluator.params.imgIds, evaluator.params.catIds = params.imgIds, params.catIds
+    evaluator.evaluate()
+    evaluator.accumulate()
+    wanted = ("precision", "recall", "scores", "counts", "date")
+    return {"params": params, **{name: evaluator.eval[name] for name in wanted}}

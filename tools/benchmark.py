@@ -11,6 +11,8 @@ from pathlib import Path
 # Subcommand -> what it measures; `tools/benchmarks/<name>.py` has add_arguments(parser) and main(args, arguments).
 KINDS = {
     "ops": "multi-scale deformable attention: all backends side by side",
+    "data": "the training input pipeline against the official one",
+    "eval": "COCO evaluation against pycocotools",
     "model": "a detector: parameters, multiply-adds, latency, memory",
 }
 
