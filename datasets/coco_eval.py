@@ -7,9 +7,10 @@ tables are pycocotools' own.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +223,20 @@ def _precision(coco_gt: COCO, detections: Mapping[int, NDArray[np.float64]], par
     evaluator = COCOeval_faster(iouType=params.iouType, print_function=_log.debug)
     evaluator.cocoGt, evaluator.cocoDt = coco_gt, _Detections(detections, params.catIds)
     evaluator.params.imgIds, evaluator.params.catIds = params.imgIds, params.catIds
-    evaluator.evaluate()
-    evaluator.accumulate()
+    with _collector_paused():
+        evaluator.evaluate()
+        evaluator.accumulate()
     wanted = ("precision", "recall", "scores", "counts", "date")
     return {"params": params, **{name: evaluator.eval[name] for name in wanted}}
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    # An entry per detection, none in a cycle, makes python search the whole process for cycles again and again.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_figures_and_curves_are_those_of_pycocotools(case: str) -> None:
     for image_id, prediction in predictions.items():
         evaluator.update({image_id: prediction})
     evaluator.accumulate()
+    assert gc.isenabled()
     table = evaluator.summarize()
     found = evaluator.coco_eval["bbox"]
     assert expected.stats[0] > 0.01
