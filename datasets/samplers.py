@@ -18,7 +18,8 @@ class TrainBatchSampler(Sampler[list[int]]):
     worker processes fetch ahead of what was trained on.
 
     With groups the same images of an epoch are put into batches of one group each, in the order in which batches fill
-    up; what is left over of the groups at the end shares batches.
+    up; what is left over of the groups at the end shares batches. Going on in mid-epoch with another batch size, which
+    is exact without groups, then meets some images twice or not at all in that epoch.
 
     Args:
         num_images: size of the data set.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.transforms import EvalTransform
 from tests.dataset_helpers import annotation, instances, write_split
 from tools import benchmark
 from tools.benchmarks import data, eval
@@ -41,7 +42,7 @@ def test_data_compares_equal_pipelines_and_counts_padding(
     assert [record["ours"] for record in records] == ["pil", "pil, and normalised", "torch", "torch, and normalised"]
     assert [record["required"] for record in records] == [None, None, 4.0, None]
     assert "images per second" in output
-    assert output.count("padding, batches of 2") == 2
+    assert output.count("padding in batches of 2") == 2
 
 
 @pytest.mark.parametrize("backend", ["pil", "torch"])
@@ -71,3 +72,11 @@ def test_eval_tells_the_memory_of_one_side(side: str, capsys: pytest.CaptureFixt
     threads = str(torch.get_num_threads())
     assert benchmark.main(["eval", "--images", "2", "--memory", side, "--threads", threads]) == 0
     assert f"{side}: AP" in capsys.readouterr().out
+
+
+def test_grouping_removes_the_padding_between_orientations() -> None:
+    sizes = [(640, 480), (480, 640)] * 8
+    transform = EvalTransform(scale=480)
+    # A wide image beside a tall one: 480 x 640 of 640 x 640 is used.
+    assert data.padding(sizes, transform, 16, 1, False) == pytest.approx(0.25)
+    assert data.padding(sizes, transform, 8, 1, True) == 0

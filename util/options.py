@@ -229,7 +229,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--image_backend",
         default="pil",
         choices=("pil", "torch"),
-        help="who decodes and resizes: pil gives the official pixels, torch nearly the same ones several times faster",
+        help="who decodes and resizes: pil gives the official pixels, torch nearly the same ones about twice as fast",
     )
     group.add_argument(
         "--aspect_ratio_grouping",
