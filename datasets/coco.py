@@ -64,6 +64,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     Attributes:
         ids: image ids; position in this list = index.
         coco: pycocotools' index of the annotation file, the evaluator's ground truth.
+        transform, image_backend: as given.
         num_classes, class_names, label_to_category: see `LabelMap`.
 
     Raises:
@@ -110,7 +111,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._size_wh = [(image.get("width"), image.get("height")) for image in images]
         self._report_dropped(annotation_file)
         self.transform = transform
-        self._renderer = RENDERERS[image_backend]
+        self.image_backend, self._renderer = image_backend, RENDERERS[image_backend]
         self._skip_bad_images = skip_bad_images
         # Shared with the workers, so that the main process can tell how many pictures they met.
         self._is_bad = torch.zeros(len(images), dtype=torch.bool).share_memory_()

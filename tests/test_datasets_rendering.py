@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import main as program
 from datasets import TrainBatchSampler, build_data_loader, build_dataset
 from datasets.annotations import DatasetError
 from datasets.images import decode_image
 from datasets.rendering import Augmentation, decode_pixels, render_picture, render_pixels, to_pixels
 from datasets.transforms import TrainTransform
 from tests.dataset_helpers import instances, options, shared_data, small_options, write_data_set, write_split
+from tests.runs import command, write_pictures
+from tools.training import build_run, evaluate_run, train_epoch
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.pixels import normalize_pixels
 from util.step import to_device
@@ -213,3 +216,21 @@ def test_the_torch_backend_reads_cached_files(tmp_path: Path) -> None:
     for file in (root / "val2017").iterdir():
         file.unlink()
     assert torch.equal(dataset[0][0], expected)
+
+
+def test_a_run_honours_the_backend_and_the_grouping(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data", num_train=4, num_val=2)
+    options = ("--image_backend", "torch", "--aspect_ratio_grouping", "--batch_size", "2", "--epochs", "1")
+    args = program.parse_args(command(data, tmp_path / "out", *options))
+    run = build_run(args, torch.device("cpu"), None)
+    assert run.train_sampler is not None and run.train_sampler.groups == [0] * 4
+    assert run.train_data.image_backend == run.val_data.image_backend == "torch"
+    train_epoch(run)
+    assert len(evaluate_run(run, [])["coco_eval_bbox"]) == 12
+
+
+def test_grouping_is_refused_where_batches_have_no_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    for why in (["--batch_size", "1"], ["--fix_size"]):
+        with pytest.raises(SystemExit):
+            program.parse_args(["-m", "dab_detr", "--aspect_ratio_grouping", *why])
+        assert "has no effect with " + why[0] in capsys.readouterr().err
