@@ -26,8 +26,8 @@ from models.layers.anchor_encoding import anchor_sine_embedding
 from models.matcher import HungarianMatcher
 from models.postprocess import PostProcess
 from util.nested_tensor import NestedTensor
+from util.pixels import normalize_batch
 
-Targets = Sequence[dict[str, Tensor]]
 WEIGHTS = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 
 
@@ -55,9 +55,9 @@ class PlainDetr(nn.Module):
         self.label_enc = nn.Embedding(num_classes + 1, d_model - 1)
         self.box_to_query = nn.Linear(4 * 64, d_model)
 
-    def forward(self, samples: NestedTensor, targets: Targets | None = None) -> dict[str, Any]:
+    def forward(self, samples: NestedTensor, targets: Sequence[dict[str, Tensor]] | None = None) -> dict[str, Any]:
         """Detect; with targets in training the denoising part is computed beside the queries."""
-        features = self.project(self.backbone(samples.tensors)[0])
+        features = self.project(self.backbone(normalize_batch(samples).tensors)[0])
         height, width = features.shape[-2:]
         y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         centres = torch.stack((x, y), dim=-1).flatten(0, 1).to(features)
