@@ -17,6 +17,7 @@ from models import list_models
 from tools.training import build_run, evaluate_only, train
 from util.config import resolve_options
 from util.distributed import destroy_process_group, get_rank, init_distributed_mode, lost_process, pick_device
+from util.environment import record_environment
 from util.errors import CheckpointError, NonFiniteLossError, OptionError
 from util.option_rules import check_options
 from util.options import OptionParser, build_parser
@@ -75,6 +76,7 @@ def start_run(args: argparse.Namespace, stops: StopSignals) -> None:
     """
     folder = prepare_output(args, get_args_parser())
     device = pick_device(args.device, args.local_rank)
+    record_environment(folder, device)
     seed_everything(args.seed + get_rank())
     run = build_run(args, device, folder, stops)
     restore(run.state, args, folder, coco_names=COCO_NAMES)

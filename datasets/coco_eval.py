@@ -113,6 +113,20 @@ class CocoEvaluator:
         _log.info("%s", table)
         return table
 
+    def gather_detections(self, most: int = 100) -> list[tuple[int, list[list[float]]]]:
+        """Collect the detections of all ranks; every rank must call it.
+
+        Args:
+            most: detections kept per image, those with the highest scores.
+
+        Returns:
+            Per image, by id: (image id, rows of left, top, width, height in pixels, score, category id), best first.
+        """
+        if not self._is_synchronized:
+            self.synchronize_between_processes()
+        best = {i: rows[np.argsort(-rows[:, 4], kind="stable")[:most]] for i, rows in self._merged.items()}
+        return [(image_id, best[image_id].tolist()) for image_id in self.img_ids]
+
 
 @dataclass(frozen=True)
 class ClassResult:

@@ -126,6 +126,27 @@ def test_ranks_together_equal_one(
     np.testing.assert_allclose(evaluator.coco_eval["bbox"].stats, golden["stats"], rtol=0, atol=1e-9)
 
 
+def test_gathered_detections_are_the_best_of_every_image_once(
+    golden: dict[str, np.ndarray], ground_truth: COCO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions = real_predictions(golden, torch.float32)
+    sent: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        sent.append(value)
+        return list(sent)
+
+    monkeypatch.setattr(coco_eval, "all_gather_object", gather)
+    for images in (list(predictions)[:60], list(predictions)[50:]):
+        evaluator = CocoEvaluator(ground_truth, ("bbox",))
+        evaluator.update({image_id: predictions[image_id] for image_id in images})
+        gathered = evaluator.gather_detections(most=3)
+    assert [image_id for image_id, _ in gathered] == sorted(predictions)
+    for image_id, rows in gathered:
+        best = sorted(predictions[image_id]["scores"].tolist(), reverse=True)[:3]
+        assert [row[4] for row in rows] == pytest.approx(best)
+
+
 def _evaluate_on_rank(rank: int, rendezvous: str, ground_truth: COCO, predictions: Predictions, queue: Any) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     mine = list(EvalBatchSampler(len(predictions), batch_size=16, rank=rank, world_size=2))

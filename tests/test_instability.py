@@ -17,9 +17,9 @@ from models import build_model
 from tests.runs import command, finish, start, torchrun, write_pictures
 from tests.stand_ins import TinyCriterion, TinyData, TinyDetector, TinyEvaluator, TinyLoader, engine_args
 from tests.stand_ins import tiny_postprocess as postprocess
+from tools import visualize
 from util.checkpoint import atomic_save, load_checkpoint
 from util.instability import MATCHES_FILE, MatchingHistory, matching_instability
-from util.plots import plot_instability
 
 RUN = ("--log_instability", "--lr_drop", 9, "--lr", "1e-3", "--save_checkpoint_interval", 1)
 
@@ -182,8 +182,9 @@ def test_evaluation_alone_refuses_the_option(capsys: pytest.CaptureFixture[str])
 
 
 def test_curve_is_drawn_where_the_score_was_logged(trained: Path, tmp_path: Path) -> None:
-    assert plot_instability([trained], tmp_path / "curve.svg")
+    assert visualize.main(["instability", str(trained), "--output", str(tmp_path / "curve.svg")]) == 0
     assert "<svg" in (tmp_path / "curve.svg").read_text()
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
-    assert not plot_instability([tmp_path], tmp_path / "none.png")
+    with pytest.raises(SystemExit):
+        visualize.main(["instability", str(tmp_path), "--output", str(tmp_path / "none.png")])
     assert not (tmp_path / "none.png").exists()

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from util.environment import record_environment
 from util.logger import METRIC_LOGGER, append_json_line, format_table, setup_logging
 from util.progress import format_seconds, peak_memory_mib, progress_line, track
-from util.reports import epoch_record, epoch_table, record_scalars, save_precision
+from util.reports import epoch_record, epoch_table, record_scalars, save_detections, save_precision, speed_stats
 
 
 class Terminal(io.StringIO):
@@ -186,3 +187,31 @@ def test_scalars_of_a_record_are_losses_and_figures() -> None:
     scalars = record_scalars(record)
     assert scalars["train/loss"] == 1.0 and scalars["test/AP50"] == 0.1
     assert len(scalars) == 13
+
+
+def test_detections_are_a_coco_results_file(tmp_path: Path) -> None:
+    rows = [[1.23456, 2.0, 3.0, 4.0, 0.12345678, 7.0], [0.0, 0.0, 1.0, 1.0, 0.5, 2.0]]
+    save_detections([(3, rows), (4, []), (9, rows[:1])], tmp_path / "detections.json")
+    text = (tmp_path / "detections.json").read_text()
+    entries = json.loads(text)
+    assert entries[0] == {"image_id": 3, "category_id": 7, "bbox": [1.23, 2.0, 3.0, 4.0], "score": 0.123457}
+    assert [entry["image_id"] for entry in entries] == [3, 3, 9]
+    # One line per image with detections, between the brackets.
+    assert len(text.splitlines()) == 4
+    save_detections([(3, [])], tmp_path / "none.json")
+    assert json.loads((tmp_path / "none.json").read_text()) == []
+
+
+def test_speed_of_an_epoch_without_a_step_is_left_out() -> None:
+    assert speed_stats(10, 4.0)["images_per_second"] == 2.5
+    stats = speed_stats(0, 0.1)
+    assert "images_per_second" not in stats and stats["peak_memory_mib"] > 0
+
+
+def test_environment_is_recorded_at_every_start(tmp_path: Path) -> None:
+    for _ in range(2):
+        record_environment(tmp_path, torch.device("cpu"))
+    record_environment(None, torch.device("cpu"))
+    lines = [json.loads(line) for line in (tmp_path / "environment.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[0]["device"] == "cpu" and lines[0]["torch"].startswith(torch.__version__[:4])
+    assert lines[0]["commit"] is None or len(lines[0]["commit"].removesuffix("-dirty")) == 40

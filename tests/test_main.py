@@ -105,11 +105,12 @@ def test_training_leaves_what_it_promises(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {
         *("config.py", "info.txt", "log.txt", "curves.png", "predictions.png", "eval", "results-0.pkl"),
+        "environment.jsonl",
         *("checkpoint.pth", "checkpoint_prev1.pth"),
         *("checkpoint0000_beforedrop.pth", "checkpoint0000.pth"),
         *("checkpoint0001_beforedrop.pth", "checkpoint0001.pth"),
     }
-    assert {path.name for path in (trained / "eval").iterdir()} == {"latest.pth", "000.pth"}
+    assert {path.name for path in (trained / "eval").iterdir()} == {"latest.pth", "000.pth", "detections.json"}
     records = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1]
     assert [record["train_lr"] for record in records] == [1e-4, pytest.approx(1e-5)]

@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 
 from tests.stand_ins import TinyData, TinyDetector, tiny_postprocess
-from util.plots import PIXEL_MEAN, PIXEL_STD, draw_examples, draw_predictions, plot_logs, read_log, to_picture
+from tools import plot
+from util.curves import PANELS, read_log, run_names
+from util.errors import OptionError
+from util.plots import PIXEL_MEAN, PIXEL_STD, draw_examples, draw_predictions, plot_logs, to_picture
 
 
 def write_log(folder: Path, records: list[dict[str, object]]) -> Path:
@@ -48,6 +51,44 @@ def test_curves_of_two_runs_are_drawn(tmp_path: Path) -> None:
         second = (255, 127, 14)
         assert second in {color for _, color in two.convert("RGB").getcolors(10**6)}
         assert second not in {color for _, color in one.convert("RGB").getcolors(10**6)}
+
+
+def test_chosen_curves_are_drawn_as_svg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_log(tmp_path / "run", [{"epoch": 0, "train_lr": 1e-4}, {"epoch": 1, "train_lr": 1e-5}])
+    picture = tmp_path / "curves.svg"
+    assert plot.main([str(folder), "--output", str(picture), "--curves", "lr", "memory", "ap"]) == 0
+    assert picture.read_text().lstrip().startswith("<?xml") and "wrote" in capsys.readouterr().out
+    for wrong, words in ((["--output", "x.bmp"], ".svg"), (["--output", "x.png", "--curves", "no"], "invalid choice")):
+        with pytest.raises(SystemExit):
+            plot.main([str(folder), *wrong])
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path), "--output", "x.png"])
+    assert "no log.txt" in capsys.readouterr().err
+
+
+def test_points_leave_out_what_is_missing() -> None:
+    records = [
+        {"epoch": 0, "train_loss": 2.0, "epoch_time": "0:01:05", "test_coco_eval_bbox": [0.1, 0.2, 0.3, -1.0]},
+        {"epoch": 1, "train_loss": float("nan"), "epoch_time": "1 day, 2:00:00"},
+    ]
+    assert PANELS["loss"].lines[0].points(records) == [(0, 2.0)]
+    assert PANELS["time"].lines[0].points(records) == [(0, 65.0), (1, 93600.0)]
+    assert PANELS["ap"].lines[1].points(records) == [(0, 20.0)]
+    assert PANELS["sizes"].lines[0].points(records) == []
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    assert run_names([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
+    assert run_names([Path("/a/x/one"), Path("/a/y/two")]) == ["one", "two"]
+
+
+def test_broken_log_line_is_named(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "run", [{"epoch": 0}])
+    with (folder / "log.txt").open("a") as file:
+        file.write('{"epoch": 1, "tra')
+    with pytest.raises(OptionError, match="line 2"):
+        read_log(folder)
 
 
 def test_picture_undoes_the_normalisation() -> None:

@@ -18,7 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from util.plots import COLORS, read_log
+from util.curves import read_log
+from util.plots import COLORS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Name of a run's kind -> what it is called, options on top of the configuration, colour.

@@ -27,8 +27,8 @@ from util.distributed import DelayedVote, all_gather_object, get_rank, is_main_p
 from util.errors import OptionError
 from util.instability import MatchingHistory
 from util.logger import append_json_line
-from util.plots import draw_examples, plot_instability, plot_logs
-from util.reports import epoch_record, epoch_table, record_scalars, save_precision
+from util.plots import draw_examples, plot_logs
+from util.reports import epoch_record, epoch_table, record_scalars, save_detections, save_precision, speed_stats
 from util.run_state import RunState, build_run_state
 from util.signals import StopRequested, StopSignals
 from util.trackers import Trackers, open_trackers
@@ -129,7 +129,8 @@ def train(run: Run) -> None:
         train_epochs(run, trackers, n_parameters)
     if folder and is_main_process():
         plot_logs([folder], folder / "curves.png")
-        plot_instability([folder], folder / "instability.png")
+        if args.log_instability:
+            plot_logs([folder], folder / "instability.png", ["instability"])
         draw_predictions_of(run, folder / "predictions.png")
 
 
@@ -188,6 +189,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         if stop:
             stop_training(run, stop)
 
+    start, first_batch = time.monotonic(), state.batches_done
     with run.stops.deferred():
         stats = train_one_epoch(
             run.model,
@@ -202,6 +204,8 @@ def train_epoch(run: Run) -> dict[str, float]:
             first_batch=state.batches_done,
             after_step=after_step,
         )
+        images = (state.batches_done - first_batch) * state.images_per_batch
+        stats |= speed_stats(images, time.monotonic() - start)
         state.finish_epoch(
             run.folder, lr_drop=args.lr_drop, interval=args.save_checkpoint_interval, keep=args.keep_checkpoints
         )
@@ -236,10 +240,11 @@ def evaluate_only(run: Run) -> None:
 def evaluate_run(
     run: Run, curves: Sequence[Path], *, per_class: bool = False, history: MatchingHistory | None = None
 ) -> dict[str, Any]:
-    """Evaluate the model, or the average of its weights with `--ema`, and write the precision curves.
+    """Evaluate the model, or the average of its weights with `--ema`, and write precision curves and detections.
 
     Args:
-        curves: files to write; per_class: also say the results per class; history: takes the matches.
+        curves: files for the precision curves; `detections.json` is written beside the first.
+        per_class: log the table of classes; history: takes the matches.
     """
     evaluator = CocoEvaluator(get_coco_api_from_dataset(run.val_data), ("bbox",))
     stats = evaluate(
@@ -253,10 +258,13 @@ def evaluate_run(
         to_categories=run.val_data.labels_to_categories,
         after_batch=history.add if history is not None else None,
     )
+    detections = evaluator.gather_detections() if curves else []
     if is_main_process():
         if per_class:
             _log.info("per class\n%s", format_per_class_table(per_class_results(evaluator.coco_eval["bbox"])))
         for path in curves:
             path.parent.mkdir(exist_ok=True)
             save_precision(evaluator.coco_eval["bbox"].eval, path)
+        if curves:
+            save_detections(detections, curves[0].with_name("detections.json"))
     return stats

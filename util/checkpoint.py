@@ -8,10 +8,10 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
@@ -27,7 +27,20 @@ _log = logging.getLogger(__name__)
 
 
 def atomic_save(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint with `atomic_write`.
+
+    Raises:
+        CheckpointError: as `atomic_write`.
+    """
+    atomic_write(lambda file: torch.save(dict(content), file), path)
+
+
+def atomic_write(write: Callable[[BinaryIO], None], path: Path) -> None:
     """Write a file that is either complete or not there: temporary file, fsync, rename, fsync of the folder.
+
+    Args:
+        write: puts the content into the open file.
+        path: name of the complete file.
 
     Raises:
         CheckpointError: the folder cannot be written to or is full; a file that was there is left as it was.
@@ -35,7 +48,7 @@ def atomic_save(content: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(dict(content), file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

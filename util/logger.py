@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from termcolor import colored
 
+from .errors import OptionError
+
 # Lines of this logger repeat what the progress bar shows; they reach the log file only with --save_log.
 METRIC_LOGGER = "metrics"
 ERASE_LINE = "\r\x1b[K"
@@ -51,6 +53,21 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one JSON object per line.
+
+    Raises:
+        OptionError: a line is no JSON; names it.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise OptionError(f"{path}, line {number} is no JSON, perhaps cut off: remove that line") from error
+    return records
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from .box_ops import box_cxcywh_to_xyxy
+from .curves import DEFAULT_PANELS, PANELS, Panel, read_log, run_names
 from .nested_tensor import nested_tensor_from_tensor_list
 
 # How the data pipeline normalises (mean and deviation of ImageNet, per RGB channel).
@@ -26,76 +26,28 @@ COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc
 MARGIN, TITLE_HEIGHT = 6, 18
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the log lines of a run that belong to an epoch; of an epoch written twice the later one.
+def plot_logs(folders: Sequence[Path], output: Path, panels: Sequence[str] = DEFAULT_PANELS) -> None:
+    """Draw curves over epochs, one colour per run.
+
+    Args:
+        folders: output folders with a log.txt.
+        output: where the picture goes; the suffix decides on the format, e.g. .png or .svg.
+        panels: names of `PANELS`.
 
     Raises:
-        FileNotFoundError: the folder has no log.txt.
+        OptionError: as `read_log`.
     """
-    lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
-    by_epoch = {record["epoch"]: record for record in map(json.loads, lines) if "epoch" in record}
-    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
-
-
-def plot_logs(folders: Sequence[Path], out_png: Path) -> None:
-    """Draw loss, class error, box losses and AP over epochs, one colour per run.
-
-    Args:
-        folders: output folders with a log.txt.
-        out_png: where the picture goes.
-    """
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    runs = dict(zip(run_names(folders), map(read_log, folders), strict=True))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6 * columns, 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    names = [folder.resolve().name for folder in folders]
-    for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
-        records, color = read_log(folder), f"C{number}"
-        _curve(axes[0, 0], records, _of("train_loss"), color, "-", f"{name} train")
-        _curve(axes[0, 0], records, _of("test_loss"), color, "--", f"{name} val")
-        _curve(axes[0, 1], records, _of("train_class_error"), color, "-", f"{name} train")
-        _curve(axes[0, 1], records, _of("test_class_error"), color, "--", f"{name} val")
-        for part, style in (("bbox", "-"), ("giou", ":")):
-            _curve(axes[1, 0], records, _of(f"test_loss_{part}"), color, style, f"{name} {part}")
-        for label, index, style in (("AP", 0, "-"), ("AP50", 1, "--")):
-            _curve(axes[1, 1], records, _of("test_coco_eval_bbox", index), color, style, f"{name} {label}")
-    titles = ("weighted loss", "class error (%)", "box losses on val, weighted", "average precision on val")
-    for axis, title in zip(axes.flat, titles, strict=True):
-        axis.set_title(title)
-        axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize="small")
-    axes[1, 1].set_ylim(bottom=0)
-    figure.savefig(out_png, dpi=100)
-
-
-def plot_instability(folders: Sequence[Path], out_path: Path) -> bool:
-    """Draw the matching instability (`--log_instability`) over epochs, one colour per run.
-
-    Args:
-        folders: output folders with a log.txt.
-        out_path: where the picture goes, as PNG or SVG by its suffix.
-
-    Returns:
-        Whether any run has logged it; nothing is drawn otherwise.
-    """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for number, folder in enumerate(folders):
-        _curve(axis, read_log(folder), _of("test_instability"), f"C{number}", "-", folder.resolve().name)
-    if not axis.lines:
-        return False
-    axis.set_title("matching instability on val")
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("queries per image with another object\nthan an epoch before")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    figure.savefig(out_path, dpi=100)
-    return True
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, name in zip(axes.flat, panels, strict=False):
+        _draw_panel(axis, PANELS[name], runs)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.savefig(output, dpi=100)
 
 
 def draw_predictions(
@@ -188,7 +140,7 @@ def draw_boxes(picture: Image.Image, boxes_xyxy: Tensor, texts: Sequence[str], l
     Args:
         picture: RGB.
         boxes_xyxy: (n, 4) in pixels; later ones are drawn over earlier ones.
-        texts: n short texts.
+        texts: n short texts; an empty one is left out.
         labels: (n,), which decide the colours.
     """
     drawn = picture.copy()
@@ -202,7 +154,8 @@ def draw_boxes(picture: Image.Image, boxes_xyxy: Tensor, texts: Sequence[str], l
         draw.rectangle(outline, outline=color, width=line)
     # After all boxes: no line crosses a text.
     for outline, text, color in zip(outlines, texts, colors, strict=True):
-        _draw_label(draw, outline, text, color, font)
+        if text:
+            _draw_label(draw, outline, text, color, font)
     return drawn
 
 
@@ -224,27 +177,24 @@ def _draw_label(
     draw.text((left + 2, top), text, fill="white" if is_dark else "black", font=font)
 
 
-def _curve(
-    axis: Axes,
-    records: Sequence[Mapping[str, Any]],
-    value: Callable[[Mapping[str, Any]], float | None],
-    color: str,
-    style: str,
-    label: str,
-) -> None:
-    points = [(record["epoch"], number) for record in records if (number := value(record)) is not None]
-    if points:
-        epochs, numbers = zip(*points, strict=True)
-        axis.plot(epochs, numbers, style, color=color, label=label, marker="." if len(points) < 30 else "")
-
-
-def _of(name: str, index: int | None = None) -> Callable[[Mapping[str, Any]], float | None]:
-    def value(record: Mapping[str, Any]) -> float | None:
-        if name not in record:
-            return None
-        return record[name] if index is None else record[name][index]
-
-    return value
+def _draw_panel(axis: Axes, panel: Panel, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    for number, (name, records) in enumerate(runs.items()):
+        for line in panel.lines:
+            points = line.points(records)
+            if points:
+                marker = "." if len(points) < 30 else ""
+                label = f"{name} {line.label}".rstrip()
+                axis.plot(*zip(*points, strict=True), line.style, color=f"C{number}", label=label, marker=marker)
+    axis.set_title(panel.title)
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize="small")
+    else:
+        axis.text(0.5, 0.5, "not in these logs", transform=axis.transAxes, ha="center")
+    if panel.from_zero:
+        axis.set_ylim(bottom=0)
 
 
 def _class_name(names: Sequence[str], label: int) -> str:

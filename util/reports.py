@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from .checkpoint import atomic_save
+from .checkpoint import atomic_save, atomic_write
 from .config import save_config
 from .distributed import get_rank, is_main_process
 from .errors import OptionError
 from .logger import format_table, setup_logging
-from .progress import format_seconds
+from .progress import format_seconds, peak_memory_mib
 
 COCO_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _TABLE_LOSSES = (
@@ -85,6 +86,13 @@ def epoch_record(
     }
 
 
+def speed_stats(images: int, seconds: float) -> dict[str, float]:
+    """Return what an epoch of training cost: seconds, images per second, most memory so far (MiB, this process)."""
+    stats = {"seconds": seconds, "peak_memory_mib": peak_memory_mib()}
+    # Nothing was left to train when the run had stopped after the last batch of the epoch.
+    return stats | ({"images_per_second": images / seconds} if images else {})
+
+
 def epoch_table(train_stats: Mapping[str, Any], test_stats: Mapping[str, Any]) -> str:
     """Lay out the main losses of training beside those of evaluation, and the six AP figures in percent."""
     rows = []
@@ -127,6 +135,38 @@ def save_precision(evaluation: Mapping[str, Any], path: Path) -> None:
         **{name: torch.as_tensor(evaluation[name]) for name in ("precision", "recall", "scores")},
     }
     atomic_save(content, path)
+
+
+def save_detections(per_image: Iterable[tuple[int, Iterable[Sequence[float]]]], path: Path) -> None:
+    """Write detections as a COCO results file, one line per image with detections.
+
+    Args:
+        per_image: (image id, rows of left, top, width, height in pixels, score, category id). Written to hundredths
+            of a pixel and millionths of a score.
+        path: the JSON file.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+
+    def write(file: BinaryIO) -> None:
+        separator = b"[\n"
+        for image_id, rows in per_image:
+            entries = [
+                {
+                    "image_id": image_id,
+                    "category_id": int(category_id),
+                    "bbox": [round(side, 2) for side in box],
+                    "score": round(score, 6),
+                }
+                for *box, score, category_id in rows
+            ]
+            if entries:
+                file.write(separator + json.dumps(entries, separators=(",", ":"))[1:-1].encode())
+                separator = b",\n"
+        file.write(b"\n]\n" if separator != b"[\n" else b"[]\n")
+
+    atomic_write(write, path)
 
 
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from util.curves import read_log
 from util.errors import OptionError
-from util.plots import plot_instability
+from util.plots import plot_logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +30,6 @@ def run(options: argparse.Namespace, model_options: Sequence[str]) -> None:
     missing = [str(folder) for folder in options.folders if not (folder / "log.txt").exists()]
     if missing:
         raise OptionError(f"no log.txt in {', '.join(missing)}: pass output folders of main.py")
-    if not plot_instability(options.folders, options.output):
+    if not any("test_instability" in record for folder in options.folders for record in read_log(folder)):
         raise OptionError("no run has logged test_instability in two epochs: train with --log_instability")
+    plot_logs(options.folders, options.output, ["instability"])
