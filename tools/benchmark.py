@@ -14,6 +14,9 @@ KINDS = {
     "data": "the training input pipeline against the official one",
     "eval": "COCO evaluation against pycocotools",
     "model": "a detector: parameters, multiply-adds, latency, memory",
+    "inference": "detectors against those of Hugging Face transformers, same weights",
+    "attention": "encoder and decoder attention against explicit softmax attention: time and saved memory",
+    "scaling": "inference as images, queries and classes grow, with plots",
 }
 
 

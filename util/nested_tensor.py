@@ -15,18 +15,26 @@ class NestedTensor(NamedTuple):
     Attributes:
         tensors: (B, 3, H, W) images, zero where padded at the bottom and right.
         mask: (B, H, W) bool, True = padding.
+        padded: False where the host knows, without asking the device, that there is no padding.
     """
 
     tensors: Tensor
     mask: Tensor
+    padded: bool = True
+
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """The mask, None where there is no padding: attention is faster without."""
+        return self.mask if self.padded else None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NestedTensor:
         """Copy the batch to a device."""
-        return NestedTensor(*(part.to(device, non_blocking=non_blocking) for part in self))
+        tensors, mask = (part.to(device, non_blocking=non_blocking) for part in self.decompose())
+        return NestedTensor(tensors, mask, self.padded)
 
     def pin_memory(self) -> NestedTensor:
         """Copy the batch into page-locked memory (called by the data loader)."""
-        return NestedTensor(*(part.pin_memory() for part in self))
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.padded)
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         """Return (tensors, mask)."""
@@ -40,7 +48,8 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
         images: (3, H_i, W_i) tensors of one dtype and device.
 
     Returns:
-        NestedTensor of (B, 3, max H, max W) and its (B, max H, max W) padding mask.
+        NestedTensor of (B, 3, max H, max W) and its (B, max H, max W) padding mask; `padded` is False where all images
+        have one size.
 
     Raises:
         ValueError: the list is empty or an image has not three axes.
@@ -64,7 +73,7 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
         for part, padding in ((batch[index], 0), (mask[index], True)):
             part[..., h:, :] = padding
             part[..., :h, w:] = padding
-    return NestedTensor(batch, mask)
+    return NestedTensor(batch, mask, padded=any(image.shape[1:] != (height, width) for image in images))
 
 
 def as_nested_tensor(samples: NestedTensor | Sequence[Tensor]) -> NestedTensor:

@@ -50,7 +50,7 @@ class Backbone(nn.Module):
     def forward(self, samples: NestedTensor) -> list[NestedTensor]:
         """Return one (B, C_i, h_i, w_i) map with its (B, h_i, w_i) padding mask per level, finest first."""
         maps = self.body(samples.tensors)
-        return [NestedTensor(each, resize_mask(samples.mask, each.shape[-2:])) for each in maps]
+        return [NestedTensor(each, resize_mask(samples.mask, each.shape[-2:]), samples.padded) for each in maps]
 
 
 class Joiner(nn.Sequential):
@@ -70,13 +70,13 @@ class Joiner(nn.Sequential):
 
     @property
     def position_encoding(self) -> nn.Module:
-        """The module that maps a (B, h, w) mask to (B, C, h, w)."""
+        """The module that maps a (B, h, w) mask to (B, C, h, w); see `SinePositionEncoding.forward`."""
         return self[1]
 
     def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
         """Return the feature maps with masks, and the encodings (B, C, h_i, w_i) of each level."""
         features = self[0](samples)
-        return features, [self[1](feature.mask) for feature in features]
+        return features, [self[1](feature.mask, padded=feature.padded) for feature in features]
 
 
 def freeze_by_keywords(body: nn.Module, keywords: Sequence[str]) -> None:

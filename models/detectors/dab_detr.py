@@ -74,13 +74,13 @@ class DabDetr(nn.Module):
             ValueError: training with denoising and no targets.
         """
         features, positions = self.backbone(as_nested_tensor(samples))
-        feature_map, padding_mask = features[-1]
+        feature_map = features[-1].tensors
         queries = self.matching_queries(len(feature_map))
         if self.training and self.denoising is not None and self.label_enc is not None:
             queries = prepend_denoising(queries, targets, self.label_enc, self.denoising)
         hidden, references = self.transformer(
             self.input_proj(feature_map),
-            padding_mask,
+            features[-1].padding_mask,
             positions[-1],
             queries.content,
             queries.anchors_unsigmoid,

@@ -22,7 +22,14 @@ def attend(
         (B, Q, H * Dv).
     """
     query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    value_dim = value.shape[-1]
+    # On a CPU the kernel that never holds all Q x S weights wants values as wide as keys.
+    missing = key.shape[-1] - value_dim if value.device.type == "cpu" else 0
+    if missing > 0:
+        value = F.pad(value, (0, missing))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=may_attend, dropout_p=dropout)
+    if missing > 0:
+        mixed = mixed[..., :value_dim]
     return mixed.transpose(1, 2).flatten(2)
 
 

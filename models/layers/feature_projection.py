@@ -30,11 +30,13 @@ class ProjectedLevels(NamedTuple):
         sources: (B, C, h_i, w_i) feature maps.
         masks: (B, h_i, w_i) bool, True = padding.
         positions: (B, C, h_i, w_i) position encodings.
+        padded: False where nothing in the masks is True.
     """
 
     sources: list[Tensor]
     masks: list[Tensor]
     positions: list[Tensor]
+    padded: bool = True
 
 
 class FeatureProjection(nn.ModuleList):
@@ -86,7 +88,8 @@ class FeatureProjection(nn.ModuleList):
             features: backbone maps (B, C_i, h_i, w_i) with masks (B, h_i, w_i), finest first.
             positions: their encodings (B, C, h_i, w_i).
             image_mask: (B, H, W) bool, True = padding; masks of derived levels are taken from it.
-            position_encoding: maps a (B, h, w) mask to (B, C, h, w), for the derived levels.
+            position_encoding: maps a (B, h, w) mask, and whether there is padding, to (B, C, h, w), for the derived
+                levels.
 
         Raises:
             ValueError: another number of backbone maps than projections for them.
@@ -94,7 +97,7 @@ class FeatureProjection(nn.ModuleList):
         if len(features) != self.num_backbone_levels:
             raise ValueError(f"expected {self.num_backbone_levels} backbone maps, got {len(features)}")
         sources = [project(feature.tensors) for project, feature in zip(self, features, strict=False)]
-        masks = [feature.mask for feature in features]
+        masks, padded = [feature.mask for feature in features], features[-1].padded
         encodings = list(positions)
         # The first derived level starts from the backbone's last map, before its projection; the next from the one
         # derived before.
@@ -104,5 +107,5 @@ class FeatureProjection(nn.ModuleList):
             mask = resize_mask(image_mask, coarsest.shape[-2:])
             sources.append(coarsest)
             masks.append(mask)
-            encodings.append(position_encoding(mask))
-        return ProjectedLevels(sources, masks, encodings)
+            encodings.append(position_encoding(mask, padded=padded))
+        return ProjectedLevels(sources, masks, encodings, padded)

@@ -1,14 +1,19 @@
-"""Activations of the feed-forward blocks."""
+"""Activations of the feed-forward blocks, and the blocks' arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "selu": F.selu, "glu": F.glu}
 ACTIVATIONS = (*_FUNCTIONS, "prelu")
+
+# At inference on a CPU so many tokens go through a block at a time: their hidden layer stays in the cache, and the
+# allocator keeps its memory instead of asking the system for new pages at every call.
+CHUNK = 1024
 
 
 def build_activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -27,3 +32,18 @@ def build_activation(name: str) -> Callable[[Tensor], Tensor]:
 def activated_width(name: str, dim_feedforward: int) -> int:
     """Return the width after the activation: glu gates one half with the other and so halves it."""
     return dim_feedforward // 2 if name == "glu" else dim_feedforward
+
+
+def feed_forward(
+    tokens: Tensor, linear1: nn.Linear, activation: Callable[[Tensor], Tensor], linear2: nn.Linear, dropout: nn.Dropout
+) -> Tensor:
+    """Map (B, S, C) tokens through a hidden layer, (B, S, C) again."""
+
+    def block(part: Tensor) -> Tensor:
+        return linear2(dropout(activation(linear1(part))))
+
+    # A graph that is being recorded takes the plain way: a loop over chunks would tie it to one size.
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or tokens.device.type != "cpu" or tokens.shape[1] <= CHUNK:
+        return block(tokens)
+    return torch.cat([block(part) for part in tokens.split(CHUNK, dim=1)], dim=1)

@@ -49,19 +49,22 @@ class SinePositionEncoding(nn.Module):
         self.temperature_w = temperature_w
         self.shift = 0.5 if half_pixel_shift else 0.0
 
-    def forward(self, mask: Tensor) -> Tensor:
+    def forward(self, mask: Tensor, padded: bool = True) -> Tensor:
         """Return the encoding of every pixel.
 
         Args:
             mask: (B, h, w) bool, True = padding.
+            padded: False where nothing in the mask is True.
 
         Returns:
             (B, 2 * num_feats, h, w) float32, vertical half first.
         """
-        valid = ~mask
-        y = self._encode(valid.cumsum(1, dtype=torch.float32), 1, self.temperature_h)
-        x = self._encode(valid.cumsum(2, dtype=torch.float32), 2, self.temperature_w)
-        return torch.cat((y, x), dim=-1).permute(0, 3, 1, 2)
+        # Without padding all columns have the same vertical half, all rows the same horizontal one: one is enough.
+        valid_y, valid_x = (~mask, ~mask) if padded else (~mask[:1, :, :1], ~mask[:1, :1])
+        y = self._encode(valid_y.cumsum(1, dtype=torch.float32), 1, self.temperature_h)
+        x = self._encode(valid_x.cumsum(2, dtype=torch.float32), 2, self.temperature_w)
+        halves = [half.expand(*mask.shape, -1) for half in (y, x)]
+        return torch.cat(halves, dim=-1).permute(0, 3, 1, 2)
 
     def _encode(self, count: Tensor, axis: int, temperature: float) -> Tensor:
         # The last count along the axis is the number of valid pixels; the constant keeps rows of padding finite.
@@ -83,11 +86,12 @@ class LearnedPositionEncoding(nn.Module):
         nn.init.uniform_(self.row_embed.weight)
         nn.init.uniform_(self.col_embed.weight)
 
-    def forward(self, mask: Tensor) -> Tensor:
+    def forward(self, mask: Tensor, padded: bool = True) -> Tensor:
         """Return the encoding of every pixel.
 
         Args:
             mask: (B, h, w) bool; only its shape counts.
+            padded: makes no difference here.
 
         Returns:
             (B, 2 * num_feats, h, w) float32, horizontal half first.

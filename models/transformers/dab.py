@@ -47,7 +47,7 @@ class DabTransformer(nn.Module):
     def forward(
         self,
         feature_map: Tensor,
-        padding_mask: Tensor,
+        padding_mask: Tensor | None,
         position: Tensor,
         queries: Tensor,
         anchors_unsigmoid: Tensor,
@@ -56,7 +56,8 @@ class DabTransformer(nn.Module):
         """Encode a feature map and decode the queries.
 
         Args:
-            feature_map: (B, C, H, W); padding_mask: (B, H, W), True = padding; position: (B, C, H, W).
+            feature_map: (B, C, H, W); position: (B, C, H, W).
+            padding_mask: (B, H, W), True = padding; None: no padding.
             queries: (B, Q, C) content and anchors_unsigmoid: (B, Q, 4), the denoising part first.
             attn_mask: (Q, Q) or (B, Q, Q), True = may not attend.
 
@@ -65,7 +66,7 @@ class DabTransformer(nn.Module):
         """
         tokens = feature_map.flatten(2).transpose(1, 2)
         position = position.flatten(2).transpose(1, 2)
-        mask = padding_mask.flatten(1)
+        mask = None if padding_mask is None else padding_mask.flatten(1)
         memory = self.encoder(tokens, position, mask)
         return self.decoder(
             queries, anchors_unsigmoid, memory, memory_position=position, padding_mask=mask, attn_mask=attn_mask

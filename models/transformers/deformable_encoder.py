@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.feature_projection import ProjectedLevels
-from ..layers.feed_forward import activated_width, build_activation
+from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from ..layers.ms_deform_attn import MSDeformAttn
 
 
@@ -20,14 +20,14 @@ class TokenLevels(NamedTuple):
     Attributes:
         tokens: (B, S, C).
         position: (B, S, C) position encoding without the level embedding.
-        padding_mask: (B, S) bool, True = padding.
+        padding_mask: (B, S) bool, True = padding; None where there is no padding.
         valid_ratios: (B, L, 2) float32, valid share of width and height of each level, in (0, 1].
         shapes: (h, w) of each level as Python integers, so that nothing has to be read back from the device.
     """
 
     tokens: Tensor
     position: Tensor
-    padding_mask: Tensor
+    padding_mask: Tensor | None
     valid_ratios: Tensor
     shapes: list[tuple[int, int]]
 
@@ -45,7 +45,7 @@ def flatten_levels(levels: ProjectedLevels) -> TokenLevels:
     return TokenLevels(
         tokens=torch.cat([source.flatten(2).transpose(1, 2) for source in levels.sources], dim=1),
         position=torch.cat([position.flatten(2).transpose(1, 2) for position in levels.positions], dim=1),
-        padding_mask=torch.cat([mask.flatten(1) for mask in levels.masks], dim=1),
+        padding_mask=torch.cat([mask.flatten(1) for mask in levels.masks], dim=1) if levels.padded else None,
         valid_ratios=torch.stack([valid_ratio(mask) for mask in levels.masks], dim=1),
         shapes=[(mask.shape[1], mask.shape[2]) for mask in levels.masks],
     )
@@ -117,8 +117,8 @@ class DeformableEncoderLayer(nn.Module):
             tokens + position, reference_points, tokens, levels.shapes, levels.starts, levels.padding_mask
         )
         tokens = self.norm1(tokens + self.dropout1(attended))
-        hidden = self.dropout2(self.activation(self.linear1(tokens)))
-        return self.norm2(tokens + self.dropout3(self.linear2(hidden)))
+        hidden = feed_forward(tokens, self.linear1, self.activation, self.linear2, self.dropout2)
+        return self.norm2(tokens + self.dropout3(hidden))
 
 
 class DeformableEncoder(nn.Module):

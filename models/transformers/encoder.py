@@ -7,7 +7,7 @@ import copy
 from torch import Tensor, nn
 
 from ..layers.attention import SelfAttention, visible_keys
-from ..layers.feed_forward import activated_width, build_activation
+from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from ..layers.mlp import MLP
 
 
@@ -29,8 +29,8 @@ class EncoderLayer(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, may_attend: Tensor | None) -> Tensor:
         """Refine (B, S, C) tokens; `position` (B, S, C) enters queries and keys; `may_attend` as in `attend`."""
         tokens = self.norm1(tokens + self.dropout1(self.self_attn(tokens, position, may_attend)))
-        hidden = self.dropout(self.activation(self.linear1(tokens)))
-        return self.norm2(tokens + self.dropout2(self.linear2(hidden)))
+        hidden = feed_forward(tokens, self.linear1, self.activation, self.linear2, self.dropout)
+        return self.norm2(tokens + self.dropout2(hidden))
 
 
 class Encoder(nn.Module):

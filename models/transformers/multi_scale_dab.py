@@ -62,7 +62,7 @@ class MultiScaleDabDecoderLayer(nn.Module):
         query_sine: Tensor,
         memory_position: Tensor,
         may_attend_queries: Tensor | None,
-        may_attend_memory: Tensor,
+        may_attend_memory: Tensor | None,
     ) -> Tensor:
         """Refine (B, Q, C) queries against the memory.
 
@@ -91,7 +91,7 @@ class MultiScaleDabDecoderLayer(nn.Module):
         query_position: Tensor,
         query_sine: Tensor,
         memory_position: Tensor,
-        may_attend: Tensor,
+        may_attend: Tensor | None,
     ) -> Tensor:
         """Return what the queries find on each level, (B, Q, L, C).
 
@@ -105,7 +105,8 @@ class MultiScaleDabDecoderLayer(nn.Module):
         query = self._join_heads(query, self.ca_qpos_sine_proj(query_sine))
         key = self._join_heads(key, key_position)
         lengths = [height * width for height, width in memory.shapes]
-        parts = zip(key.split(lengths, 1), value.split(lengths, 1), may_attend.split(lengths, -1), strict=True)
+        masks = [None] * len(lengths) if may_attend is None else may_attend.split(lengths, -1)
+        parts = zip(key.split(lengths, 1), value.split(lengths, 1), masks, strict=True)
         dropout = self.attention_dropout if self.training else 0.0
         found = [attend(query, k, v, num_heads=self.num_heads, may_attend=m, dropout=dropout) for k, v, m in parts]
         return torch.stack(found, dim=-2)

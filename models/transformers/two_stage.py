@@ -48,7 +48,7 @@ def base_proposals(memory: TokenLevels) -> tuple[Tensor, Tensor]:
         boxes.append(torch.cat((centres, torch.full_like(centres, FINEST_SIZE * 2**level)), dim=-1))
     boxes_cxcywh = torch.cat(boxes, dim=1)
     inside = ((boxes_cxcywh > BORDER) & (boxes_cxcywh < 1 - BORDER)).all(-1)
-    unusable = memory.padding_mask | ~inside
+    unusable = ~inside if memory.padding_mask is None else memory.padding_mask | ~inside
     boxes_unsigmoid = torch.log(boxes_cxcywh / (1 - boxes_cxcywh))
     return boxes_unsigmoid.masked_fill(unusable[..., None], float("inf")), unusable
 

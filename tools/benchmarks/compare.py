@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,6 +60,25 @@ def compare(
     """
     baseline, ours = calls
     seconds = interleave(calls, rounds, device or torch.device("cpu"))
+    return ratio_of(name, seconds, ours=ours, baseline=baseline, required=required, aim=aim)
+
+
+def ratio_of(
+    name: str,
+    seconds: Mapping[str, Sequence[float]],
+    *,
+    ours: str,
+    baseline: str,
+    required: float | None = None,
+    aim: float | None = None,
+) -> Ratio:
+    """Return the ratio of two sides that took turns.
+
+    Args:
+        name: what was measured; seconds: per call and round, by side.
+        ours, baseline: two keys of `seconds`.
+        required, aim: targets of the ratio.
+    """
     ratios = [slow / fast for slow, fast in zip(seconds[baseline], seconds[ours], strict=True)]
     return Ratio(
         name=name,
