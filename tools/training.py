@@ -23,6 +23,7 @@ from datasets import (
 from datasets.coco_eval import CocoEvaluator, format_per_class_table, per_class_results
 from engine import evaluate, train_one_epoch
 from models import build_model
+from models.inference import prepare_for_inference
 from util.distributed import DelayedVote, all_gather_object, get_rank, is_main_process, wrap_model
 from util.errors import OptionError
 from util.instability import MatchingHistory
@@ -232,23 +233,30 @@ def stop_training(run: Run, number: int) -> NoReturn:
 
 def evaluate_only(run: Run) -> None:
     """Do what `--eval` asks for: one evaluation with curves, the table of classes and a log line."""
-    stats = evaluate_run(run, [run.folder / "eval.pth"] if run.folder else [], per_class=True)
+    curves = [run.folder / "eval.pth"] if run.folder else []
+    stats = evaluate_run(run, curves, per_class=True, model=prepare_for_inference(run.state.evaluated_model))
     if run.folder and is_main_process():
         append_json_line(run.folder / "log.txt", {f"test_{name}": value for name, value in stats.items()})
 
 
 def evaluate_run(
-    run: Run, curves: Sequence[Path], *, per_class: bool = False, history: MatchingHistory | None = None
+    run: Run,
+    curves: Sequence[Path],
+    *,
+    per_class: bool = False,
+    history: MatchingHistory | None = None,
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the model, or the average of its weights with `--ema`, and write precision curves and detections.
+    """Evaluate a model and write precision curves and detections.
 
     Args:
         curves: files for the precision curves; `detections.json` is written beside the first.
         per_class: log the table of classes; history: takes the matches.
+        model: by default the one in training or, with `--ema`, the average of its weights.
     """
     evaluator = CocoEvaluator(get_coco_api_from_dataset(run.val_data), ("bbox",))
     stats = evaluate(
-        run.state.evaluated_model,
+        run.state.evaluated_model if model is None else model,
         run.criterion,
         run.postprocessors,
         run.val_loader,

@@ -46,4 +46,5 @@ def feed_forward(
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if recorded or tokens.device.type != "cpu" or tokens.shape[1] <= CHUNK:
         return block(tokens)
+    activation = F.relu_ if activation is F.relu else activation  # nobody else reads the hidden layer
     return torch.cat([block(part) for part in tokens.split(CHUNK, dim=1)], dim=1)

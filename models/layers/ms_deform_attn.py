@@ -107,11 +107,14 @@ class MSDeformAttn(nn.Module):
         self, reference_points: Tensor, offsets: Tensor, spatial_shapes: Tensor | Sequence[Sequence[int]]
     ) -> Tensor:
         """Place offsets (B, Q, H, L, P, 2) around the reference points: (B, Q, H, L, P, 2), [0, 1] covers a level."""
-        anchors = reference_points[:, :, None, :, None]
         if reference_points.shape[-1] == 2:
             sizes = torch.as_tensor(spatial_shapes, dtype=reference_points.dtype)
             sizes = sizes.to(offsets.device, non_blocking=True).flip(-1)  # must not wait for the GPU
-            return anchors + offsets / sizes[:, None]
+            # Written as rows of L * P * 2 numbers: broadcasting over rows is vectorised, over pairs it is not.
+            rows = [each.unsqueeze(-2).expand(*each.shape[:-1], self.n_points, 2) for each in (sizes, reference_points)]
+            placed = rows[1].flatten(2)[:, :, None] + offsets.flatten(3) / rows[0].flatten()
+            return placed.view_as(offsets)
         if reference_points.shape[-1] == 4:
+            anchors = reference_points[:, :, None, :, None]
             return anchors[..., :2] + offsets / self.n_points * anchors[..., 2:] * 0.5
         raise ValueError(f"expected reference_points with 2 or 4 coordinates, got {reference_points.shape[-1]}")

@@ -103,7 +103,7 @@ def spread(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.1)
 
     def calibrate(norm: Any, inputs: tuple[Tensor, ...]) -> None:
         norm.running_var.copy_(inputs[0].var((0, 2, 3), unbiased=False))
