@@ -49,9 +49,13 @@ def test_folded_backbone_equals_the_backbone(norm, name, dilation):
         torch.testing.assert_close(ours / theirs.std(), theirs / theirs.std(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SMALL_MODELS)
-def test_prepared_detector_equals_the_detector(name):
-    arrays, meta, model, _, _ = load_reference(name)
+@pytest.fixture(scope="module", params=SMALL_MODELS)
+def reference(request):
+    return load_reference(request.param)
+
+
+def test_prepared_detector_equals_the_detector(reference):
+    arrays, meta, model, _, _ = reference
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.eval()
     prepared = prepare_for_inference(model)
@@ -95,11 +99,10 @@ def test_shared_box_heads_stay_one_module_in_half_precision():
     assert len({id(head) for head in heads}) == 1 and heads[0].module.layers[0].weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", SMALL_MODELS)
-def test_known_absence_of_padding_changes_nothing(name):
-    _, meta, model, _, _ = load_reference(name)
+def test_known_absence_of_padding_changes_nothing(reference):
+    _, meta, model, _, _ = reference
     model.eval()
-    image = images_of(meta)[0]
+    image = images_of(meta)[0][:, :64, :96]
     batch = nested_tensor_from_tensor_list([image, image.flip(-1)])
     assert not batch.padded
     with torch.no_grad():

@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "x 640 for dab_detr too"
     )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--compile", action="store_true", help="measure ours under torch.compile as well")
     add_common_arguments(parser)
 
 
@@ -127,8 +126,6 @@ def measure(
     for dtype in args.dtypes:
         ready = prepare_for_inference(ours, getattr(torch, dtype))
         calls[f"ours {dtype}"] = partial(ready, batch)
-        if args.compile:
-            calls[f"ours {dtype} compiled"] = partial(torch.compile(ready), batch)
     if "bfloat16" in args.dtypes:
         calls["transformers bfloat16"] = partial(autocast_call, theirs, images)
     what = f"{name} R50 {size[0]} x {size[1]}"
@@ -138,7 +135,7 @@ def measure(
     ratios = []
     for mine in [side for side in calls if side.startswith("ours")]:
         dtype = mine.split()[1]
-        required, aim = TARGETS[name, dtype] if mine == f"ours {dtype}" else (None, None)
+        required, aim = TARGETS[name, dtype]
         sides = {"ours": mine, "baseline": "transformers float32"}
         ratios.append(ratio_of(what, seconds, **sides, required=required, aim=aim))
         if dtype != "float32" and f"transformers {dtype}" in calls:
