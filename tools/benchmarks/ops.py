@@ -172,27 +172,37 @@ def make_call(name: str, inputs: Inputs, backward: bool) -> Callable[[], None]:
     return call_with_backend
 
 
-def interleave(calls: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Run all calls in turn and return seconds per call; the first round warms up and is dropped."""
+def interleave(
+    calls: dict[str, Callable[[], None]],
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Run all calls in turn and return seconds per call; the first round warms up and is dropped.
+
+    Args:
+        calls: by name; rounds: timed rounds; device: where they compute.
+        clock: gives seconds; `time.process_time` leaves out what other programs take of a busy processor.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
-            took = time_call(call, device)
+            took = time_call(call, device, clock)
             if number:
                 seconds[name].append(took)
     return seconds
 
 
-def time_call(call: Callable[[], None], device: torch.device) -> float:
+def time_call(call: Callable[[], None], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds one call takes, repeated where it is too short for the clock."""
     repeats = 1
     while True:
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             call()
         synchronize(device)
-        took = time.perf_counter() - start
+        took = clock() - start
         if took > 0.02 or repeats >= 64:
             return took / repeats
         repeats *= 4
