@@ -14,6 +14,7 @@ from torch import nn
 from models.layers.attention import attend, visible_keys
 from tools import benchmark
 from tools.benchmarks import attention, inference, scaling
+from tools.benchmarks.ops import interleave
 
 TINY: dict[str, Any] = {
     "backbone": "resnet18", "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
@@ -112,3 +113,10 @@ def test_scaling_wants_one_thing_to_grow(capsys: pytest.CaptureFixture[str]) -> 
     assert benchmark.main(["scaling", "--values", "3"]) == 1
     assert "pass --grow" in capsys.readouterr().out
     assert set(scaling.GROWTH) == set(scaling.BASE) == set(scaling.AXES)
+
+
+def test_clock_of_a_comparison_can_be_chosen() -> None:
+    ticks = iter(range(100))
+    seconds = interleave({"a": lambda: None, "b": lambda: None}, 2, torch.device("cpu"), lambda: float(next(ticks)))
+    # Each call lasts from one reading of the clock to the next; the first round is not counted.
+    assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]} and next(ticks) == 12

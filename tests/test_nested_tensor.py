@@ -31,3 +31,11 @@ def test_as_nested_tensor_pads_lists_and_keeps_batches():
     assert isinstance(batch, NestedTensor)
     assert as_nested_tensor(batch) is batch
     assert isinstance(batch.to("cpu"), NestedTensor)
+
+
+def test_absence_of_padding_is_known_and_survives_copies():
+    same = nested_tensor_from_tensor_list([torch.zeros(3, 4, 5), torch.ones(3, 4, 5)])
+    assert not same.padded and same.padding_mask is None
+    assert not same.to("cpu").padded
+    different = nested_tensor_from_tensor_list([torch.zeros(3, 4, 5), torch.ones(3, 4, 6)])
+    assert different.padded and different.to("cpu").padding_mask is not None

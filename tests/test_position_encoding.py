@@ -129,3 +129,10 @@ def test_build_sets_width_and_options() -> None:
 def test_build_refuses_unknown_kind_and_uneven_width(kind: str, hidden_dim: int) -> None:
     with pytest.raises(OptionError, match="expected"):
         build_position_encoding(kind, hidden_dim)
+
+
+@pytest.mark.parametrize("kind", ["sine", "learned"])
+def test_encoding_without_padding_equals_that_of_an_empty_mask(kind):
+    encode = build_position_encoding(kind, 16, half_pixel_shift=True)
+    mask = torch.zeros(2, 5, 7, dtype=torch.bool)
+    assert torch.equal(encode(mask, padded=False), encode(mask))
