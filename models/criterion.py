@@ -12,8 +12,8 @@ from util.box_ops import OVERLAP_EPS
 from util.distributed import mean_over_ranks
 
 from .dn_components import DenoisingOutputs, compute_dn_loss, name_layers
-from .losses import class_error, elementwise_box_losses, sigmoid_focal_loss
-from .matcher import HungarianMatcher, Matches
+from .losses import class_error, elementwise_box_losses, focal_loss_sums
+from .matcher import HungarianMatcher, Layers, Matches
 
 Targets = Sequence[dict[str, Tensor]]
 
@@ -75,57 +75,41 @@ class SetCriterion(nn.Module):
             layers = [*outputs.get("aux_outputs", ()), outputs]
             logits = torch.stack([layer["pred_logits"] for layer in layers])
             boxes = torch.stack([layer["pred_boxes"] for layer in layers])
-            losses = self.matching_losses(logits, boxes, targets, num_boxes)
+            sets = [Layers(logits, boxes, targets)]
             if "enc_outputs" in outputs:
-                losses |= self.proposal_losses(outputs["enc_outputs"], targets, num_boxes)
+                sets.append(proposals_as_layer(outputs["enc_outputs"], targets))
+            matches = self.matcher.match_all(sets)
+            losses = self.matching_losses(sets[0], matches[0], num_boxes)
+            if "enc_outputs" in outputs:
+                proposals = self.layer_losses(sets[1], matches[1], num_boxes)
+                losses |= {f"{name}_enc": value[0] for name, value in proposals.items()}
             if self.denoising:
                 losses |= self.denoising_losses(outputs.get("dn_meta"), losses, num_known)
         return losses
 
-    def matching_losses(self, logits: Tensor, boxes: Tensor, targets: Targets, num_boxes: Tensor) -> dict[str, Tensor]:
-        """Losses of N decoder layers, logits (N, B, Q, K) and boxes (N, B, Q, 4), last layer last."""
-        matches = self.matcher.match_layers(logits, boxes, targets)
-        losses = self.layer_losses(logits, boxes, targets, matches, num_boxes)
-        named = name_layers(losses, len(logits))
-        labels = torch.cat([t["labels"] for t in targets])[matches.target[-1]]
-        named["class_error"] = class_error(logits[-1, matches.image, matches.query[-1]], labels)
+    def matching_losses(self, layers: Layers, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
+        """Losses of N decoder layers, last layer last, given their matches."""
+        named = name_layers(self.layer_losses(layers, matches, num_boxes), len(layers.logits))
+        labels = torch.cat([t["labels"] for t in layers.targets])[matches.target[-1]]
+        named["class_error"] = class_error(layers.logits[-1, matches.image, matches.query[-1]].detach(), labels)
         return named
 
-    def proposal_losses(self, proposals: dict[str, Tensor], targets: Targets, num_boxes: Tensor) -> dict[str, Tensor]:
-        """Losses of two-stage proposals, suffix `_enc`.
-
-        All objects count as class 0 when the proposals carry `class_agnostic` (Deformable DETR, "Two-Stage").
-        """
-        if proposals.get("class_agnostic", False):
-            targets = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
-        logits, boxes = proposals["pred_logits"][None], proposals["pred_boxes"][None]
-        matches = self.matcher.match_layers(logits, boxes, targets)
-        losses = self.layer_losses(logits, boxes, targets, matches, num_boxes)
-        return {f"{name}_enc": value[0] for name, value in losses.items()}
-
-    def layer_losses(
-        self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor
-    ) -> dict[str, Tensor]:
+    def layer_losses(self, layers: Layers, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
         """Return (N,) losses of N layers given their matches."""
+        logits, boxes, targets = layers
         labels = torch.cat([t["labels"] for t in targets])[matches.target]
         wanted = torch.cat([t["boxes"] for t in targets]).float()[matches.target]
-        layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(matches.query)
-        where = (layer, matches.image.expand_as(matches.query), matches.query)
-
-        one_hot = torch.zeros_like(logits, dtype=torch.float32)
-        one_hot.index_put_((*where, labels), one_hot.new_ones(()))
-        focal = sigmoid_focal_loss(logits, one_hot, alpha=self.focal_alpha)
-        l1, giou = elementwise_box_losses(boxes[where], wanted, self.overlap_eps)
-        losses = {
-            "loss_ce": focal.sum((1, 2, 3)) / num_boxes,
-            "loss_bbox": l1.sum((1, 2)) / num_boxes,
-            "loss_giou": giou.sum(1) / num_boxes,
-        }
+        query = matches.image * logits.shape[2] + matches.query  # in the batch, (N, T')
+        found = boxes.flatten(1, 2).gather(1, query[..., None].expand(-1, -1, 4))
+        focal = focal_loss_sums(logits, query * logits.shape[3] + labels, alpha=self.focal_alpha)
+        l1, giou = elementwise_box_losses(found, wanted, self.overlap_eps)
+        sums = torch.stack((focal, l1.sum((1, 2)), giou.sum(1))) / num_boxes
+        losses = dict(zip(("loss_ce", "loss_bbox", "loss_giou"), sums.unbind(), strict=True))
         with torch.no_grad():
             if self.box_parts:
-                losses["loss_xy"] = l1[..., :2].sum((1, 2)) / num_boxes
-                losses["loss_hw"] = l1[..., 2:].sum((1, 2)) / num_boxes
-            losses["cardinality_error"] = cardinality_error(logits, [len(t["labels"]) for t in targets])
+                parts = l1.unflatten(-1, (2, 2)).sum((1, 3)) / num_boxes
+                losses["loss_xy"], losses["loss_hw"] = parts.unbind(-1)
+            losses["cardinality_error"] = cardinality_error(logits, layers.sizes)
         return losses
 
     def denoising_losses(
@@ -141,6 +125,16 @@ class SetCriterion(nn.Module):
         return compute_dn_loss(outputs, focal_alpha=self.focal_alpha, num_known=num_known)
 
 
+def proposals_as_layer(proposals: dict[str, Any], targets: Targets) -> Layers:
+    """Lay two-stage proposals out as one layer.
+
+    All objects count as class 0 when the proposals carry `class_agnostic` (Deformable DETR, "Two-Stage").
+    """
+    if proposals.get("class_agnostic", False):
+        targets = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+    return Layers(proposals["pred_logits"][None], proposals["pred_boxes"][None], targets)
+
+
 @torch.no_grad()
 def cardinality_error(logits: Tensor, counts: list[int]) -> Tensor:
     """Return the (N,) mean distance between predicted and true object counts, logged only.
@@ -151,7 +145,9 @@ def cardinality_error(logits: Tensor, counts: list[int]) -> Tensor:
     Args:
         logits: (N, B, Q, K); counts: objects of each image.
     """
-    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1).float()
+    # The last class is the highest where it beats all before it; a maximum is faster than its index.
+    others = logits[..., :-1].amax(-1) if logits.shape[-1] > 1 else logits.new_full(logits.shape[:-1], -torch.inf)
+    predicted = (others >= logits[..., -1]).sum(-1).float()
     true = torch.tensor(counts, dtype=torch.float32).to(logits.device, non_blocking=True)
     return (predicted - true).abs().mean(-1)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
 
-from .losses import class_error, elementwise_box_losses, sigmoid_focal_loss
+from .losses import class_error, elementwise_box_losses, focal_loss_sums
 
 Targets = Sequence[dict[str, Tensor]]
 
@@ -267,15 +267,17 @@ def compute_dn_loss(
     if num_known is None:
         num_known = max(meta.num_positive, 1)
 
-    one_hot = meta.labels[:, None] == torch.arange(num_classes, device=logits.device)
-    focal = sigmoid_focal_loss(logits, one_hot.to(logits.dtype), alpha=focal_alpha)
+    is_positive = meta.labels < num_classes
+    row = torch.arange(known, device=logits.device) * num_classes
+    positives = (row + meta.labels.clamp(max=num_classes - 1)).expand(num_layers, -1)
+    focal = focal_loss_sums(logits, positives, alpha=focal_alpha, counted=is_positive)
     l1, giou = elementwise_box_losses(boxes, meta.boxes_cxcywh)
-    positive = (meta.labels < num_classes).to(l1.dtype)
+    sums = torch.stack((focal, (l1.sum(-1) * is_positive).sum(1), (giou * is_positive).sum(1))) / num_known
     losses = {
-        "tgt_loss_ce": focal.sum((1, 2)) / num_known,
+        "tgt_loss_ce": sums[0],
         "tgt_class_error": class_error(logits, meta.labels) * min(known, 1),  # 0 without objects, as official
-        "tgt_loss_bbox": (l1.sum(-1) * positive).sum(1) / num_known,
-        "tgt_loss_giou": (giou * positive).sum(1) / num_known,
+        "tgt_loss_bbox": sums[1],
+        "tgt_loss_giou": sums[2],
     }
     return name_layers(losses, num_layers)
 

@@ -1,33 +1,75 @@
-"""Element-wise losses and logged figures shared by matching and denoising; everything in float32."""
+"""Losses and logged figures shared by matching and denoising; everything in float32.
+
+The focal loss and the box losses compute their gradients beside their values, from closed forms: training always wants
+both, and a tenth of the operations is left of what automatic differentiation would launch.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from util.box_ops import OVERLAP_EPS, box_cxcywh_to_xyxy, elementwise_generalized_box_iou
+from util.box_ops import OVERLAP_EPS
 
 
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Compute the focal loss element by element ("Focal Loss for Dense Object Detection", ICCV 2017).
+def focal_loss_sums(logits: Tensor, positives: Tensor, *, alpha: float = 0.25, counted: Tensor | None = None) -> Tensor:
+    """Sum up the focal loss of every layer ("Focal Loss for Dense Object Detection", ICCV 2017, gamma 2).
+
+    Almost every entry has the target 0. The sum is taken as if all had, and the few others are corrected: there is no
+    tensor of targets.
 
     Args:
-        logits: any shape, before the sigmoid.
-        targets: 0 or 1, broadcast to the shape of logits.
+        logits: (N, ...), before the sigmoid.
+        positives: (N, T) int64, where the target is 1, as positions in a flattened layer, none twice.
         alpha: weight of targets 1 against 1 - alpha of targets 0; negative = no weighting.
-        gamma: exponent that plays down easy examples.
+        counted: (T,) bool, False where a position is no positive after all; None: all are.
 
     Returns:
-        Losses of the shape of logits, not reduced.
+        (N,) float32.
     """
-    logits = logits.float()
-    targets = targets.to(logits.dtype).expand_as(logits)
-    probability = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    miss = probability + targets - 2 * probability * targets  # 1 - probability of the true answer
-    loss = cross_entropy * miss**gamma
-    return loss if alpha < 0 else loss * (targets * (2 * alpha - 1) + (1 - alpha))
+    weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
+    return _FocalSums.apply(logits.flatten(1).float(), positives, weights, counted)
+
+
+class _FocalSums(torch.autograd.Function):
+    """With p the probability and s = softplus(logit), a target 0 costs p^2 s and a target 1 (1 - p)^2 (s - logit)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, positives: Tensor, weights: tuple[float, float], counted: Tensor | None
+    ) -> Tensor:
+        of_positive, of_negative = weights
+        p, s = logits.sigmoid(), F.softplus(logits)
+        squared = p.square()
+        sums = torch.linalg.vecdot(squared, s) * of_negative
+        # The same for the positives alone.
+        hit, soft = p.gather(1, positives), s.gather(1, positives)
+        miss, other = 1 - hit, soft - logits.gather(1, positives)
+        change = of_positive * miss.square() * other - of_negative * hit.square() * soft
+        if counted is not None:
+            change = change * counted
+        sums += change.sum(1)
+        if ctx.needs_input_grad[0]:
+            # d(p^2 s) = p^2 (p + 2 (1 - p) s); the (1 - alpha) waits for the backward pass.
+            slope = (1 - p).mul_(s).mul_(2).add_(p).mul_(squared)
+            slope_hit = -of_positive * miss.square() * (2 * hit * other + miss)
+            if counted is not None:
+                slope_hit = torch.where(counted, slope_hit, of_negative * slope.gather(1, positives))
+            ctx.save_for_backward(slope, slope_hit, positives)
+            ctx.of_negative = of_negative
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slope, slope_hit, positives = ctx.saved_tensors
+        scale = grads[0][:, None]
+        grad = (slope * (scale * ctx.of_negative)).scatter_(1, positives, slope_hit * scale)
+        return grad, None, None, None
 
 
 def elementwise_box_losses(
@@ -36,15 +78,56 @@ def elementwise_box_losses(
     """Compare boxes with their targets one by one.
 
     Args:
-        boxes_cxcywh, target_cxcywh: (..., 4) in [0, 1], broadcast against each other.
+        boxes_cxcywh: (..., 4) in [0, 1].
+        target_cxcywh: of a shape that broadcasts to that of the boxes; gets no gradient.
         overlap_eps: see `util.box_ops`.
 
     Returns:
         L1 distances (..., 4) and 1 - GIoU (...), float32.
     """
-    boxes, target = boxes_cxcywh.float(), target_cxcywh.float()
-    giou = elementwise_generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target), overlap_eps)
-    return (boxes - target).abs(), 1 - giou
+    target = target_cxcywh.float().expand_as(boxes_cxcywh)
+    distance, loss = _BoxLosses.apply(boxes_cxcywh.float(), target, overlap_eps)
+    return distance, loss
+
+
+class _BoxLosses(torch.autograd.Function):
+    """The arithmetic of `util.box_ops.elementwise_generalized_box_iou`, and its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, boxes: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        difference = boxes - target
+        corners = torch.stack((boxes, target))
+        centre, half = corners[..., :2], corners[..., 2:] / 2
+        low, high = centre - half, centre + half
+        size = high - low
+        gap = torch.minimum(high[0], high[1]) - torch.maximum(low[0], low[1])
+        inner = gap.clamp(min=0)
+        outer = torch.maximum(high[0], high[1]) - torch.minimum(low[0], low[1])
+        area = size[..., 0] * size[..., 1]
+        shared, hull = inner[..., 0] * inner[..., 1], outer[..., 0] * outer[..., 1]
+        union = area[0] + area[1] - shared
+        iou, empty = shared / (union + eps), (hull - union) / (hull + eps)
+        if ctx.needs_input_grad[0]:
+            by_union = 1 / (hull + eps) - iou / (union + eps)
+            by_shared = 1 / (union + eps) - by_union
+            by_hull = (empty - 1) / (hull + eps)
+            # Which of the two edges decides: 1 ours, 0 the target's, 1/2 both, as torch.minimum and maximum share it.
+            ours_high = (high[1] - high[0]).sign_().add_(1).div_(2)
+            ours_low = (low[0] - low[1]).sign_().add_(1).div_(2)
+            # A product of width and height changes with one of them as the other is large.
+            of_shared = by_shared[..., None] * inner.flip(-1) * (gap >= 0)
+            of_union = by_union[..., None] * size[0].flip(-1)
+            of_hull = by_hull[..., None] * outer.flip(-1)
+            to_high = of_shared * ours_high + of_union + of_hull * (1 - ours_high)
+            to_low = of_shared * ours_low + of_union + of_hull * (1 - ours_low)  # with the sign turned round
+            ctx.save_for_backward(difference.sign(), torch.cat((to_low - to_high, (to_high + to_low) / -2), -1))
+        return difference.abs(), 1 - (iou - empty)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sign, slope = ctx.saved_tensors
+        return torch.addcmul(grads[0] * sign, grads[1][..., None], slope), None, None
 
 
 @torch.no_grad()

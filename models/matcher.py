@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from util.box_ops import OVERLAP_EPS, box_cxcywh_to_xyxy, generalized_box_iou
+from util.box_ops import OVERLAP_EPS, box_cxcywh_to_xyxy
 
 Targets = Sequence[dict[str, Tensor]]
+_Edge = Callable[[Tensor, Tensor], Tensor]
 
 
 class Matches(NamedTuple):
@@ -28,6 +29,23 @@ class Matches(NamedTuple):
     query: Tensor
     target: Tensor
     counts: list[int]
+
+
+class Layers(NamedTuple):
+    """Predictions to be matched.
+
+    Attributes:
+        logits: (N, B, Q, K); boxes_cxcywh: (N, B, Q, 4), N layers; targets: B dicts.
+    """
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    targets: Targets
+
+    @property
+    def sizes(self) -> list[int]:
+        """Objects of each image."""
+        return [len(target["labels"]) for target in self.targets]
 
 
 class HungarianMatcher:
@@ -74,55 +92,110 @@ class HungarianMatcher:
         objects = matches.target[0].cpu().split(matches.counts)
         return [(q, t - int(start)) for q, t, start in zip(queries, objects, first, strict=True)]
 
-    @torch.no_grad()
     def match_layers(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Matches:
-        """Match all layers of a batch with one copy to the host and one back.
+        """Match all layers of a batch; arguments and result as of `match_all`."""
+        return self.match_all([Layers(logits, boxes_cxcywh, targets)])[0]
+
+    @torch.no_grad()
+    def match_all(self, sets: Sequence[Layers]) -> list[Matches]:
+        """Match everything a training step has to match, with one copy to the host and one back.
 
         Args:
-            logits: (N, B, Q, K); boxes_cxcywh: (N, B, Q, 4), N decoder layers; targets: B dicts.
+            sets: decoder layers, and the proposals of a two-stage detector.
 
         Returns:
-            Matches on the device of the logits.
+            Matches of each set, on the device of the logits.
         """
-        sizes = [len(t["labels"]) for t in targets]
-        costs = self.cost(logits, boxes_cxcywh, targets, sizes)
-        # Host synchronisation 1 of 1: the costs of all layers. The way back does not wait.
-        blocks = torch.nan_to_num(costs, nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
+        costs = [self.cost(each) for each in sets]
+        # Host synchronisation 1 of 1: all costs. The way back does not wait.
+        flat = torch.cat([cost.flatten() for cost in costs]) if len(costs) > 1 else costs[0].flatten()
         # A cost that is not a number is matched like a very bad one: the loss it leads to is not finite either,
         # and the training loop stops there with the names of the loss and the images.
-        first = np.cumsum([0, *sizes[:-1]])
-        pairs = [
-            [linear_sum_assignment(blocks[layer, image, :, :n]) for image, n in enumerate(sizes)]
-            for layer in range(len(blocks))
+        parts = torch.nan_to_num(flat, nan=1e6, posinf=1e6, neginf=-1e6).cpu().split([cost.numel() for cost in costs])
+        assigned = [
+            assign(part.view(cost.shape).numpy(), each.sizes)
+            for part, cost, each in zip(parts, costs, sets, strict=True)
         ]
-        query = np.stack([np.concatenate([q for q, _ in row]) for row in pairs])
-        target = np.stack(
-            [np.concatenate([t + start for (_, t), start in zip(row, first, strict=True)]) for row in pairs]
-        )
-        counts = [min(n, logits.shape[2]) for n in sizes]
-        image = np.repeat(np.arange(len(sizes)), counts)
-        packed = torch.from_numpy(np.concatenate((image[None], query, target)).astype(np.int64))
-        packed = packed.to(logits.device, non_blocking=True)
-        return Matches(packed[0], packed[1 : 1 + len(query)], packed[1 + len(query) :], counts)
+        packed = torch.from_numpy(np.concatenate([rows.ravel() for rows in assigned]))
+        packed = packed.to(flat.device, non_blocking=True)
+        return [
+            unpack(rows.view(whole.shape), each)
+            for rows, whole, each in zip(packed.split([rows.size for rows in assigned]), assigned, sets, strict=True)
+        ]
 
-    def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, sizes: list[int]) -> Tensor:
-        """Compute the cost blocks (N, B, Q, M) in float32; columns beyond an image's objects are meaningless."""
-        labels, target_boxes = pad_targets(targets, sizes)
-        boxes = boxes_cxcywh.float()
-        wanted = labels[None, :, None, :].expand(*logits.shape[:3], -1)
-        cost = self.cost_class * self._class_cost(logits.float().gather(-1, wanted))
-        distance = torch.cdist(boxes, target_boxes[None].expand(len(boxes), -1, -1, -1), p=1)
-        overlap = generalized_box_iou(
-            box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes)[None], self.overlap_eps
-        )
-        return cost + self.cost_bbox * distance - self.cost_giou * overlap
+    def cost(self, layers: Layers) -> Tensor:
+        """Compute the cost blocks (N, B, M, Q) in float32; rows beyond an image's objects are meaningless.
+
+        Queries come last and coordinates apart, so that every operation runs along memory.
+        """
+        labels, target_boxes = pad_targets(layers.targets, layers.sizes)
+        boxes, logits = layers.boxes_cxcywh.float(), layers.logits.float()
+        wanted = labels[None, :, :, None].expand(len(logits), -1, -1, logits.shape[2])
+        cost = self._class_cost(logits.transpose(2, 3).gather(2, wanted)).mul_(self.cost_class)
+        cost.add_(torch.cdist(target_boxes[None].expand(len(boxes), -1, -1, -1), boxes, p=1), alpha=self.cost_bbox)
+        own = box_cxcywh_to_xyxy(boxes).permute(3, 0, 1, 2).contiguous()[:, :, :, None]
+        given = box_cxcywh_to_xyxy(target_boxes).permute(2, 0, 1).contiguous()[..., None]
+        return cost.sub_(overlap_of_planes(own, given, self.overlap_eps), alpha=self.cost_giou)
 
     def _class_cost(self, logits: Tensor) -> Tensor:
         # Focal loss of "is this class" minus that of "is not", as official with gamma 2.
         probability = logits.sigmoid()
-        positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
-        negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
-        return positive - negative
+        rest = 1 - probability
+        positive = (probability + 1e-8).log_().mul_(rest.square()).mul_(-self.focal_alpha)
+        negative = (rest + 1e-8).log_().mul_(probability.square_()).mul_(self.focal_alpha - 1)
+        return positive.sub_(negative)
+
+
+def overlap_of_planes(own: Tensor, given: Tensor, eps: float) -> Tensor:
+    """Generalised IoU of every pair, as `util.box_ops.generalized_box_iou`, in a third of its time and memory.
+
+    Args:
+        own: (4, N, B, 1, Q) and given: (4, B, M, 1) left, top, right, bottom.
+        eps: added to both denominators.
+
+    Returns:
+        (N, B, M, Q).
+    """
+
+    (left, top, right, bottom), (left_2, top_2, right_2, bottom_2) = own.unbind(), given.unbind()
+
+    def product(first: _Edge, second: _Edge) -> Tensor:
+        width = first(right, right_2).sub_(second(left, left_2)).clamp_(min=0)
+        return width.mul_(first(bottom, bottom_2).sub_(second(top, top_2)).clamp_(min=0))
+
+    shared, hull = product(torch.minimum, torch.maximum), product(torch.maximum, torch.minimum)
+    own_area, given_area = (right - left) * (bottom - top), (right_2 - left_2) * (bottom_2 - top_2)
+    union = (own_area + given_area).sub_(shared)
+    empty = (hull - union).div_(hull.add_(eps))
+    return shared.div_(union.add_(eps)).sub_(empty)
+
+
+def assign(blocks: np.ndarray[Any, Any], sizes: list[int]) -> np.ndarray[Any, Any]:
+    """Solve the assignment of every layer and image on the host.
+
+    Args:
+        blocks: (N, B, M, Q) costs; sizes: objects of each image.
+
+    Returns:
+        (1 + 2 N, T') int64: images, then the queries of the layers, then their objects as in `Matches`.
+    """
+    first = np.cumsum([0, *sizes[:-1]])
+    queries, objects = [], []
+    for layer in blocks:
+        pairs = [linear_sum_assignment(costs[:n]) for costs, n in zip(layer, sizes, strict=True)]
+        orders = [np.argsort(query) for _, query in pairs]  # by query, as official
+        queries.append(np.concatenate([query[order] for (_, query), order in zip(pairs, orders, strict=True)]))
+        found = [found[order] for (found, _), order in zip(pairs, orders, strict=True)]
+        objects.append(np.concatenate([own + start for own, start in zip(found, first, strict=True)]))
+    image = np.repeat(np.arange(len(sizes)), [min(n, blocks.shape[3]) for n in sizes])
+    return np.stack((image, *queries, *objects)).astype(np.int64)
+
+
+def unpack(rows: Tensor, layers: Layers) -> Matches:
+    """Lay the result of `assign` out as Matches."""
+    depth = len(layers.logits)
+    counts = [min(n, layers.logits.shape[2]) for n in layers.sizes]
+    return Matches(rows[0], rows[1 : 1 + depth], rows[1 + depth :], counts)
 
 
 def pad_targets(targets: Targets, sizes: list[int]) -> tuple[Tensor, Tensor]:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from models.criterion import SetCriterion, cardinality_error
-from models.losses import class_error, elementwise_box_losses, sigmoid_focal_loss
+from models.losses import class_error, elementwise_box_losses, focal_loss_sums
 from models.matcher import HungarianMatcher
 from tests.golden_recipe import load_npz
-from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+from util.box_ops import box_cxcywh_to_xyxy, elementwise_generalized_box_iou, generalized_box_iou
 
 
 def test_focal_loss_equals_official():
     golden = load_npz("functions.npz")
     logits = torch.from_numpy(golden["focal/logits"]).requires_grad_()
     one_hot = torch.from_numpy(golden["focal/onehot"])
+    positives = one_hot.flatten().nonzero().T
     # The official function takes the mean over queries, sums over images and classes and divides by the boxes.
-    loss = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2).mean(1).sum() / 3
+    loss = focal_loss_sums(logits[None], positives, alpha=0.25).sum() / one_hot.shape[1] / 3
     loss.backward()
     torch.testing.assert_close(loss.item(), golden["focal/loss_num_boxes3_alpha0.25_gamma2"].item(), rtol=1e-6, atol=0)
     torch.testing.assert_close(logits.grad, torch.from_numpy(golden["focal/grad"]), rtol=1e-5, atol=1e-7)
-    plain = sigmoid_focal_loss(logits, one_hot, alpha=-1, gamma=2).mean(1).sum() / 3
+    plain = focal_loss_sums(logits[None], positives, alpha=-1).sum() / one_hot.shape[1] / 3
     torch.testing.assert_close(plain.item(), golden["focal/loss_alpha_minus1"].item(), rtol=1e-6, atol=0)
 
 
@@ -31,6 +33,39 @@ def test_box_losses_are_the_diagonal_of_all_pairs():
     l1, giou = elementwise_box_losses(a, b)
     torch.testing.assert_close(l1.sum(-1), torch.cdist(a, b, p=1).diagonal())
     torch.testing.assert_close(giou, 1 - generalized_box_iou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b)).diagonal())
+
+
+def test_focal_gradient_equals_automatic_differentiation_and_leaves_out_what_does_not_count():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 5) * 6
+    positives, counted = torch.tensor([[0, 7, 13], [19, 2, 6]]), torch.tensor([True, False, True])
+    own, reference = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    target = torch.zeros(2, 20, dtype=torch.float64).scatter_(1, positives[:, counted], 1).view(2, 4, 5)
+    entropy = F.binary_cross_entropy_with_logits(reference, target, reduction="none")
+    right = (reference.sigmoid() - 1 + target).abs()
+    wanted = ((0.75 - target / 2) * entropy * (1 - right) ** 2).sum((1, 2))
+    got = focal_loss_sums(own, positives, counted=counted)
+    torch.testing.assert_close(got, wanted.float())
+    scale = torch.tensor([1.0, -3.0])
+    (got * scale).sum().backward()
+    (wanted * scale).sum().backward()
+    torch.testing.assert_close(own.grad, reference.grad.float(), rtol=1e-5, atol=1e-6)  # float32 against float64
+
+
+def test_box_gradient_equals_automatic_differentiation():
+    torch.manual_seed(0)
+    boxes, target = (torch.cat((torch.rand(3, 40, 2), torch.rand(3, 40, 2) / 2), -1) for _ in "ab")
+    boxes[:, :4] = target[:, :4]  # found exactly
+    boxes[:, 4:8, 0] = target[:, 4:8, 0]
+    boxes[:, 8:10, 2:] = 0  # without area
+    own, reference = boxes.clone().requires_grad_(), boxes.clone().requires_grad_()
+    l1, giou = elementwise_box_losses(own, target)
+    overlap = elementwise_generalized_box_iou(box_cxcywh_to_xyxy(reference), box_cxcywh_to_xyxy(target))
+    weight = torch.linspace(0, 1, 40)
+    torch.testing.assert_close(giou, 1 - overlap)
+    (5 * l1.sum(-1) + weight * giou).sum().backward()
+    (5 * (reference - target).abs().sum(-1) - weight * overlap).sum().backward()
+    torch.testing.assert_close(own.grad, reference.grad, rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
 def test_class_error_counts_misses():

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from models.matcher import HungarianMatcher
+from models.matcher import HungarianMatcher, Layers, overlap_of_planes
 from tests.golden_recipe import load_npz
+from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_match_is_the_cheapest_assignment():
     outputs = {"pred_logits": torch.randn(1, 5, 4), "pred_boxes": torch.rand(1, 5, 4) * 0.5 + 0.2}
     targets = [{"labels": torch.tensor([1, 3, 0]), "boxes": torch.rand(3, 4) * 0.5 + 0.2}]
     matcher = HungarianMatcher()
-    cost = matcher.cost(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets, [3])[0, 0]
+    cost = matcher.cost(Layers(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets))[0, 0].T
     ((query, target),) = matcher(outputs, targets)
     cheapest = min(sum(cost[q, t] for t, q in enumerate(qs)) for qs in itertools.permutations(range(5), 3))
     torch.testing.assert_close(cost[query, target].sum(), cheapest)
@@ -56,6 +57,29 @@ def test_layers_are_matched_independently_in_one_call():
         pairs = matcher({"pred_logits": logits[layer], "pred_boxes": boxes[layer]}, targets)
         assert together.query[layer].tolist() == torch.cat([q for q, _ in pairs]).tolist()
         assert together.target[layer].tolist() == [*pairs[0][1].tolist(), *(pairs[1][1] + 2).tolist()]
+
+
+def test_layers_and_proposals_matched_together_equal_each_alone():
+    torch.manual_seed(0)
+    sets = []
+    for depth, queries, labels in ((3, 6, ([1, 3], [0])), (1, 40, ([0, 0], [0]))):
+        targets = [{"labels": torch.tensor(each), "boxes": torch.rand(len(each), 4)} for each in labels]
+        boxes = torch.rand(depth, 2, queries, 4) * 0.5 + 0.2
+        sets.append(Layers(torch.randn(depth, 2, queries, 4), boxes, targets))
+    matcher = HungarianMatcher()
+    for together, each in zip(matcher.match_all(sets), sets, strict=True):
+        alone = matcher.match_layers(*each)
+        assert all(torch.equal(one, other) for one, other in zip(together[:3], alone[:3], strict=True))
+        assert together.counts == alone.counts
+
+
+def test_overlap_of_planes_equals_the_overlap_of_all_pairs():
+    torch.manual_seed(0)
+    boxes, targets = torch.rand(3, 2, 7, 4), torch.rand(2, 5, 4)
+    own, given = (box_cxcywh_to_xyxy(each).movedim(-1, 0) for each in (boxes, targets))
+    got = overlap_of_planes(own[:, :, :, None], given[..., None], 1e-6)
+    wanted = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(targets)[None])
+    torch.testing.assert_close(got, wanted.transpose(2, 3))  # the same arithmetic in another layout
 
 
 def test_a_prediction_that_is_not_a_number_is_matched_last():

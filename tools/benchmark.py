@@ -17,6 +17,7 @@ KINDS = {
     "inference": "detectors against those of Hugging Face transformers, same weights",
     "attention": "encoder and decoder attention against explicit softmax attention: time and saved memory",
     "scaling": "inference as images, queries and classes grow, with plots",
+    "loss": "matching and losses: all layers at once against layer by layer",
 }
 
 

@@ -65,7 +65,8 @@ class MetricLogger:
             counts: name -> how many things the tensor sums up; 1 where left out.
         """
         names = tuple(sums)
-        values = torch.stack([value.detach().float() for value in sums.values()])
+        with torch.no_grad():
+            values = torch.stack([value.float() for value in sums.values()])
         self._queued.append((names, values, tuple((counts or {}).get(name, 1.0) for name in names)))
 
     def read(self) -> None:

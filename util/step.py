@@ -42,7 +42,7 @@ def backward(
     """
     weight_dict: dict[str, float] = criterion.weight_dict  # type: ignore[assignment]
     normalisers = EffectiveBatch(batches, criterion) if len(batches) > 1 else None
-    collected: dict[str, list[Tensor]] = {}
+    collected: list[Losses] = []
     for index, (samples, targets) in enumerate(batches):
         # Gradients travel between processes once, with the last backward pass.
         is_last = index == len(batches) - 1
@@ -54,11 +54,19 @@ def backward(
                 losses = criterion(outputs, targets, **extra)
                 losses["loss"] = weighted_sum(losses, weight_dict)
             (losses["loss"] if scaler is None else scaler.scale(losses["loss"])).backward()
+        with torch.no_grad():  # one copy of all values instead of one detached view of each
+            collected.append(dict(zip(losses, torch.stack(list(losses.values())).unbind(), strict=True)))
+    return collected[0] if len(collected) == 1 else add_up(collected)
+
+
+def add_up(collected: Sequence[Losses]) -> Losses:
+    """Add up the losses of several batches; what is no loss, such as class_error, is a mean and stays one."""
+    values: dict[str, list[Tensor]] = {}
+    for losses in collected:
         for name, value in losses.items():
-            collected.setdefault(name, []).append(value.detach())
-    summed = {name: torch.stack(values).sum(0) for name, values in collected.items()}
-    # What is no loss, such as class_error, is a mean already.
-    return {name: value if "loss" in name else value / len(collected[name]) for name, value in summed.items()}
+            values.setdefault(name, []).append(value)
+    summed = {name: torch.stack(each).sum(0) for name, each in values.items()}
+    return {name: value if "loss" in name else value / len(values[name]) for name, value in summed.items()}
 
 
 class EffectiveBatch:
@@ -91,7 +99,11 @@ class EffectiveBatch:
 
 def weighted_sum(losses: Losses, weight_dict: Mapping[str, float]) -> Tensor:
     """Return the total loss; entries without a weight are only logged."""
-    return torch.stack([weight_dict[name] * value for name, value in losses.items() if name in weight_dict]).sum()
+    names = [name for name in losses if name in weight_dict]
+    values = torch.stack([losses[name] for name in names])
+    # Sent, not read: the host does not wait.
+    weights = torch.tensor([weight_dict[name] for name in names], dtype=values.dtype)
+    return (values * weights.to(values.device, non_blocking=True)).sum()
 
 
 def amp_dtype(name: str | None, device: torch.device) -> torch.dtype:
