@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from . import detectors as detectors  # importing the package registers every detector
+from .checkpointing import checkpoint_activations
 from .registry import get_builder, list_models
 
 __all__ = ["build_model", "list_models"]
@@ -25,4 +26,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     Raises:
         ValueError: the name is unknown or options do not fit together; the message says which.
     """
-    return get_builder(args.modelname)(args)
+    model, criterion, postprocessors = get_builder(args.modelname)(args)
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
+    return model, criterion, postprocessors

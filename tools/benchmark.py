@@ -18,6 +18,8 @@ KINDS = {
     "attention": "encoder and decoder attention against explicit softmax attention: time and saved memory",
     "scaling": "inference as images, queries and classes grow, with plots",
     "loss": "matching and losses: all layers at once against layer by layer",
+    "train": "a training step: speed, launched operations, synchronisations, memory",
+    "scaling_train": "a training step as batch, objects and denoising groups grow",
 }
 
 

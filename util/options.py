@@ -125,6 +125,11 @@ def add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--amp_dtype", choices=("float16", "bfloat16"), help="with --amp; default float16 on CUDA, bfloat16 on a CPU"
     )
+    group.add_argument(
+        "--checkpoint_activations",
+        action="store_true",
+        help="compute layers again in the backward pass instead of keeping their activations: less memory, more time",
+    )
     group.add_argument("--ema", action="store_true", help="average the weights over time and evaluate the average")
     group.add_argument("--ema_decay", default=0.9997, type=float)
 

@@ -25,7 +25,7 @@ LAYERS, CLASSES = 6, 91
 # (queries, objects per image) -> required and aimed ratio.
 CASES = {(300, 7): (3.0, 6.0), (900, 50): (4.0, 8.0)}
 # The same sums in float32 in another order.
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+RTOL, ATOL = 1e-4, 1e-6
 
 
 class Predictions(NamedTuple):
@@ -83,7 +83,8 @@ def measure(
     name = f"{args.batch} x {queries} queries, {objects} objects" + (", denoising included" if denoising else "")
     calls = {"layer by layer": call_of(classic, predictions), "all layers": call_of(ours, predictions)}
     required, aim = targets
-    return compare(name, calls, rounds=args.rounds, device=torch.device(args.device), required=required, aim=aim)
+    device = torch.device(args.device)
+    return compare(name, calls, rounds=args.rounds, device=device, required=required, aim=aim, clock=args.clock)
 
 
 def make_predictions(
@@ -151,5 +152,5 @@ def assert_equal(classic: nn.Module, ours: nn.Module, predictions: Predictions) 
     """
     wanted, wanted_gradients = gradients(classic, predictions)
     got, got_gradients = gradients(ours, predictions)
-    torch.testing.assert_close(got, wanted, **TOLERANCE)
-    torch.testing.assert_close(got_gradients, wanted_gradients, **TOLERANCE)
+    torch.testing.assert_close(got, wanted, rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(got_gradients, wanted_gradients, rtol=RTOL, atol=ATOL)
