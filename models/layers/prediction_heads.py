@@ -39,9 +39,8 @@ def detection_outputs(logits: Tensor, boxes_cxcywh: Tensor, *, aux_loss: bool) -
     Returns:
         `pred_logits` (B, Q, K), `pred_boxes` (B, Q, 4) and, with aux_loss, `aux_outputs`: the same per earlier layer.
     """
-    outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes_cxcywh[-1]}
-    if aux_loss:
-        outputs["aux_outputs"] = [
-            {"pred_logits": a, "pred_boxes": b} for a, b in zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
-        ]
-    return outputs
+    # One unbind, whose gradient is one stack; an index per layer would give a tensor of zeros per layer.
+    layers: list[dict[str, Any]] = [
+        {"pred_logits": a, "pred_boxes": b} for a, b in zip(logits.unbind(), boxes_cxcywh.unbind(), strict=True)
+    ]
+    return {**layers[-1], "aux_outputs": layers[:-1]} if aux_loss else layers[-1]

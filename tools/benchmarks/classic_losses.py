@@ -56,6 +56,10 @@ class ClassicCriterion(nn.Module):
         for index, earlier in enumerate(outputs.get("aux_outputs", ())):
             own = self.layer(earlier, targets, num_boxes, is_last=False)
             losses |= {f"{name}_{index}": value for name, value in own.items()}
+        if "enc_outputs" in outputs:
+            agnostic = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+            own = self.layer(outputs["enc_outputs"], agnostic, num_boxes, is_last=False)
+            losses |= {f"{name}_enc": value for name, value in own.items()}
         if "dn_meta" in outputs:
             losses |= self.denoising(outputs["dn_meta"])
         return losses
