@@ -123,7 +123,7 @@ def print_axis(axis: str, points: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(axis: str, points: Sequence[dict[str, Any]], out_png: Path) -> None:
-    """Draw seconds and memory over the values of an axis, both scales logarithmic."""
+    """Draw seconds and memory over the values of an axis."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -132,9 +132,11 @@ def draw(axis: str, points: Sequence[dict[str, Any]], out_png: Path) -> None:
         left.plot(values, [point[part] for point in points], marker="o", label=part)
     right.plot(values, [point["peak_bytes"] / 2**20 for point in points], marker="o", color="black")
     for axes, title in ((left, "seconds of a step"), (right, "peak memory of a step, MiB")):
-        axes.set(xscale="log", yscale="log", title=title, xlabel=LABELS[axis])
+        axes.set(xscale="log", title=title, xlabel=LABELS[axis])
         axes.set_xticks(values, [str(value) for value in values], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    left.set_yscale("log")  # the parts differ by a hundred
+    right.set_ylim(bottom=0)
     left.legend(fontsize="small")
     figure.savefig(out_png, dpi=90)
