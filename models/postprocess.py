@@ -34,8 +34,23 @@ class PostProcess(nn.Module):
         Raises:
             ValueError: target_sizes does not fit the batch.
         """
+        scores, labels, corners = self.select(outputs, target_sizes)
+        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, corners, strict=True)]
+
+    def select(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Do the same for the whole batch at once.
+
+        Args:
+            outputs, target_sizes: as `forward`.
+
+        Returns:
+            scores (B, n), labels (B, n) and boxes (B, n, 4).
+
+        Raises:
+            ValueError: target_sizes does not fit the batch.
+        """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-        if target_sizes.shape != (len(logits), 2):
+        if target_sizes.shape != (logits.shape[0], 2):
             raise ValueError(f"expected target_sizes of shape {(len(logits), 2)}, got {tuple(target_sizes.shape)}")
         num_classes = logits.shape[-1]
         probability = logits.sigmoid().flatten(1)
@@ -44,6 +59,4 @@ class PostProcess(nn.Module):
         corners = box_cxcywh_to_xyxy(boxes).gather(1, query[..., None].expand(-1, -1, 4))
         height, width = target_sizes.to(corners).unbind(1)
         corners = corners * torch.stack((width, height, width, height), dim=1)[:, None]
-        return [
-            {"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, pair % num_classes, corners, strict=True)
-        ]
+        return scores, pair % num_classes, corners

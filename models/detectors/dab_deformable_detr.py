@@ -125,7 +125,7 @@ class DabDeformableDetr(nn.Module):
         if self.patterns_embed is not None:
             content = (self.patterns_embed.weight[:, None] + content).flatten(0, 1)  # pattern-major
             anchors = anchors.repeat(self.patterns_embed.num_embeddings, 1)
-        batch_size = len(memory.tokens)
+        batch_size = memory.tokens.shape[0]
         return DecoderQueries(content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1)), {}
 
 

@@ -75,7 +75,7 @@ class DabDetr(nn.Module):
         """
         features, positions = self.backbone(as_nested_tensor(samples))
         feature_map = features[-1].tensors
-        queries = self.matching_queries(len(feature_map))
+        queries = self.matching_queries(feature_map.shape[0])
         if self.training and self.denoising is not None and self.label_enc is not None:
             queries = prepend_denoising(queries, targets, self.label_enc, self.denoising)
         hidden, references = self.transformer(

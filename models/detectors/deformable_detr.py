@@ -105,7 +105,7 @@ class DeformableDetr(nn.Module):
             proposals = self.transformer.propose(memory, self.num_queries)
             references = proposals.anchors_unsigmoid.sigmoid()
             return proposals.content, proposals.position, references, {"enc_outputs": proposals.outputs()}
-        queries = self.query_embed.weight.expand(len(memory.tokens), -1, -1)
+        queries = self.query_embed.weight.expand(memory.tokens.shape[0], -1, -1)
         position, content = queries.chunk(2, dim=-1)
         return content, position, self.transformer.references_of(position), {}
 

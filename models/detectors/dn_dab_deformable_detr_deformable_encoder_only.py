@@ -83,7 +83,7 @@ class EncoderOnlyDeformableDetr(nn.Module):
         batch = as_nested_tensor(samples)
         features, positions = self.backbone(batch)
         levels = self.input_proj(features, positions, batch.mask, self.backbone.position_encoding)
-        queries = self.matching_queries(len(batch.tensors))
+        queries = self.matching_queries(batch.tensors.shape[0])
         if self.training and self.denoising is not None:
             queries = prepend_denoising(queries, targets, self.label_enc, self.denoising)
         hidden, references = self.transformer(levels, queries.content, queries.anchors_unsigmoid, queries.attn_mask)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from util.errors import OptionError
 from util.nested_tensor import NestedTensor
@@ -19,8 +19,15 @@ NUM_GROUPS = 32
 
 
 def resize_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a (B, H, W) bool padding mask to (B, *size) by its nearest value."""
-    return F.interpolate(mask[None].float(), size=tuple(size)).bool()[0]
+    """Resize a (B, H, W) bool padding mask to (B, *size) by its nearest value.
+
+    Picks what `F.interpolate` picks. In whole numbers, because runtimes of exported models round its scale differently.
+    """
+    rows, columns = (
+        torch.arange(wanted, device=mask.device) * given // wanted
+        for wanted, given in zip(size, mask.shape[1:], strict=True)
+    )
+    return mask[:, rows[:, None], columns]
 
 
 class ProjectedLevels(NamedTuple):

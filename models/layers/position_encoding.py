@@ -100,7 +100,7 @@ class LearnedPositionEncoding(nn.Module):
             ValueError: the map has more rows or columns than the tables.
         """
         batch, height, width = mask.shape
-        if max(height, width) > TABLE_SIZE:
+        if height > TABLE_SIZE or width > TABLE_SIZE:
             raise ValueError(
                 f"learned position encodings know {TABLE_SIZE} rows and columns, got a feature map of {height} x "
                 f"{width}: use --position_embedding sine, smaller images, or no --dilation"
