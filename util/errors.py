@@ -13,3 +13,7 @@ class CheckpointError(RuntimeError):
 
 class NonFiniteLossError(RuntimeError):
     """A loss or gradient that is not finite; raised before the optimizer step."""
+
+
+class ExportError(RuntimeError):
+    """A model that cannot be exported, or an exported file that does not compute what the model computes."""

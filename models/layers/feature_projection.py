@@ -27,7 +27,7 @@ def resize_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
         torch.arange(wanted, device=mask.device) * given // wanted
         for wanted, given in zip(size, mask.shape[1:], strict=True)
     )
-    return mask[:, rows[:, None], columns]
+    return mask.index_select(1, rows).index_select(2, columns)
 
 
 class ProjectedLevels(NamedTuple):
