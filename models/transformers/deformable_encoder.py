@@ -83,7 +83,8 @@ def token_centres(shape: tuple[int, int], ratio: Tensor) -> Tensor:
     height, width = shape
     y = (torch.arange(height, dtype=ratio.dtype, device=ratio.device) + 0.5) / (ratio[:, 1:] * height)
     x = (torch.arange(width, dtype=ratio.dtype, device=ratio.device) + 0.5) / (ratio[:, :1] * width)
-    return torch.stack((x.repeat(1, height), y.repeat_interleave(width, dim=1)), dim=-1)
+    # Spread by views: exporters to ONNX get repeat_interleave by a variable number wrong.
+    return torch.stack((x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1).flatten(1, 2)
 
 
 class DeformableEncoderLayer(nn.Module):

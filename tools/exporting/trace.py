@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import operator
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,17 +120,20 @@ def write_onnx(traced: Traced, path: Path, metadata: Mapping[str, str]) -> None:
     """
     import onnxscript.optimizer  # optional: see require_onnx
 
-    translated: Any = torch.onnx.export(
-        traced.program,
-        dynamo=True,
-        input_names=traced.inputs,
-        output_names=traced.outputs,
-        opset_version=OPSET,
-        # Its rules of rewriting lose a bound where one number is clipped twice; folding constants is done below, and
-        # runtimes fuse operators by themselves.
-        optimize=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # torch's exporter copies its own tree of arguments in a way that torch has deprecated.
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+        translated: Any = torch.onnx.export(
+            traced.program,
+            dynamo=True,
+            input_names=traced.inputs,
+            output_names=traced.outputs,
+            opset_version=OPSET,
+            # Its rules of rewriting lose a bound where one number is clipped twice. Constants are folded below, and
+            # runtimes fuse operators by themselves.
+            optimize=False,
+            verbose=False,
+        )
     onnxscript.optimizer.inline(translated.model)
     onnxscript.optimizer.fold_constants(translated.model)
     onnxscript.optimizer.remove_unused_nodes(translated.model)
