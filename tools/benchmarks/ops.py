@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +173,7 @@ def make_call(name: str, inputs: Inputs, backward: bool) -> Callable[[], None]:
 
 
 def interleave(
-    calls: dict[str, Callable[[], None]],
+    calls: Mapping[str, Callable[[], Any]],
     rounds: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
@@ -193,7 +193,7 @@ def interleave(
     return seconds
 
 
-def time_call(call: Callable[[], None], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def time_call(call: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds one call takes, repeated where it is too short for the clock."""
     repeats = 1
     while True:

@@ -17,10 +17,11 @@ from torchvision.transforms.functional import normalize
 
 from datasets.images import decode_image
 from datasets.scenes import render_scene
-from datasets.transforms import IMAGE_MEAN, IMAGE_STD, resized_hw
+from datasets.transforms import resized_hw
 from models.postprocess import PostProcess
 from util.errors import ExportError
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.pixels import IMAGE_MEAN, IMAGE_STD
 
 from .wrapper import RAW_OUTPUTS
 
@@ -164,7 +165,7 @@ def differences(expected: Outputs, actual: Outputs, *, sizes: Tensor, any_order:
         return _differences_of_detections(expected, actual, sizes)
     found = [torch.cat((each["pred_boxes"], each["pred_logits"].sigmoid()), dim=-1) for each in (expected, actual)]
     if any_order:
-        nearest = torch.cdist(*found, p=float("inf")).argmin(dim=2)
+        nearest = torch.cdist(found[0], found[1], p=float("inf")).argmin(dim=2)
         found[1] = found[1].gather(1, nearest[..., None].expand_as(found[0]))
     gaps = (found[0] - found[1]).abs().flatten(0, 1).amax(0)
     return {"boxes": float(gaps[:4].max()), "probabilities": float(gaps[4:].max())}

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from datasets.transforms import IMAGE_MEAN, IMAGE_STD
 from models.layers.ms_deform_attn import MSDeformAttn
 from models.ops import reference
 from models.postprocess import PostProcess
 from util.nested_tensor import NestedTensor
+from util.pixels import IMAGE_MEAN, IMAGE_STD
 
 RAW_OUTPUTS = ("pred_logits", "pred_boxes")
 DETECTIONS = ("scores", "labels", "boxes")
