@@ -85,7 +85,8 @@ def make_batches(
             pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
             images.append(torch.from_numpy(pixels).permute(2, 0, 1))
         nested = nested_tensor_from_tensor_list(images)
-        batches.append(Batch(*nested, torch.tensor([image.shape[1:] for image in images])))
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        batches.append(Batch(*nested.decompose(), sizes))
         # The second batch has another size, whatever the pictures.
         scale = max(smallest, scale * 4 // 5)
     return batches

@@ -106,12 +106,13 @@ class ExportableDetector(nn.Module):
             post-processing `scores` (B, n) descending, `labels` (B, n) and `boxes` (B, n, 4) xyxy in pixels.
         """
         images = (images - self.mean) / self.std
+        padded = padding_mask is not None
         if padding_mask is None:
             padding_mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
         else:
             # Training pads after the normalisation, with zeros.
             images = images.masked_fill(padding_mask[:, None], 0)
-        outputs = self.model(NestedTensor(images, padding_mask))
+        outputs = self.model(NestedTensor(images, padding_mask, padded))
         if self.postprocess is None:
             return {name: outputs[name] for name in RAW_OUTPUTS}
         assert sizes is not None  # the exported program has it as an input
