@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from tools import benchmark
+from tools.benchmarks import all as all_kinds
 from tools.benchmarks import ops
 
 
@@ -42,3 +44,23 @@ def test_necessary_bytes_counts_every_array_once() -> None:
     forward = 4 * (24 + 20 + 10 + 40)
     assert ops.necessary_bytes(inputs, backward=False) == forward
     assert ops.necessary_bytes(inputs, backward=True) == 2 * forward + 4 * (24 + 20 + 10)
+
+
+def test_benchmark_all_runs_each_kind_and_tells_which_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, returncode=int(command[2] == "data"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    folder = ["--folder", str(tmp_path / "figures")]
+    assert benchmark.main(["all", "--coco_path", "cells", "--kinds", "loss", "data", *folder]) == 1
+    assert commands == [
+        ["loss", "--json", str(tmp_path / "figures" / "loss.jsonl")],
+        ["data", "--coco_path", "cells", "--json", str(tmp_path / "figures" / "data.jsonl")],
+    ]
+    assert capsys.readouterr().out.endswith("failed: data\n")
+    assert set(benchmark.KINDS) == {*all_kinds.KINDS, "scaling", "scaling_train", "all"}

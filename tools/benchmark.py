@@ -20,6 +20,7 @@ KINDS = {
     "loss": "matching and losses: all layers at once against layer by layer",
     "train": "a training step: speed, launched operations, synchronisations, memory",
     "scaling_train": "a training step as batch, objects and denoising groups grow",
+    "all": "all of these but the growing ones, one after the other",
 }
 
 

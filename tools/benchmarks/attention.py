@@ -50,7 +50,7 @@ def main(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     ratios: list[Ratio] = []
     for layer in args.layers:
         for tokens in args.tokens:
-            ratios += measure(layer, make_inputs(layer, tokens, args.batch), args.rounds)
+            ratios += measure(layer, make_inputs(layer, tokens, args.batch), args.rounds, args.clock)
     report(ratios, args.json)
     return 0
 
@@ -75,7 +75,7 @@ def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attend(query, key, value, num_heads=HEADS)
 
 
-def measure(layer: str, inputs: Inputs, rounds: int) -> list[Ratio]:
+def measure(layer: str, inputs: Inputs, rounds: int, clock: str) -> list[Ratio]:
     """Assert equal outputs and gradients, then compare time and bytes kept."""
     sides = {"explicit softmax": explicit, "ours": ours}
     results = {name: (side(*inputs[:3]), *gradients(side, inputs)) for name, side in sides.items()}
@@ -85,7 +85,7 @@ def measure(layer: str, inputs: Inputs, rounds: int) -> list[Ratio]:
     what = f"{layer} attention, {inputs.key.shape[1]} tokens, forward + backward"
     calls: dict[str, Callable[[], Any]] = {name: partial(gradients, side, inputs) for name, side in sides.items()}
     required, aim = (REQUIRED, AIM) if layer == "encoder" else (None, None)
-    return [compare(what, calls, rounds=rounds, required=required, aim=aim), memory_ratio(layer, inputs)]
+    return [compare(what, calls, rounds=rounds, required=required, aim=aim, clock=clock), memory_ratio(layer, inputs)]
 
 
 def gradients(function: Callable[..., Tensor], inputs: Inputs) -> tuple[Tensor, ...]:

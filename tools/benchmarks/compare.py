@@ -99,11 +99,14 @@ def ratio_of(
     )
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options every comparison has."""
+def add_common_arguments(parser: argparse.ArgumentParser, *, clock: bool = True) -> None:
+    """Add the options every comparison has; those that can read processor time have a `clock`."""
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds per comparison; medians are reported")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: processor time, on a busy machine")
+    if clock:
+        parser.add_argument(
+            "--clock", choices=CLOCKS, default="wall", help="process: for a machine that others use too"
+        )
     parser.add_argument("--json", type=Path, help="add the figures to this file, one JSON object per line")
 
 

@@ -94,7 +94,7 @@ def measure(
     calls = {"official pipeline": run_baseline, f"{name}{', and normalised' if on_host else ''}": run_ours}
     has_target = name == "torch" and not on_host
     required, aim = (4.0, 6.0) if has_target else (None, None)
-    return compare(what, calls, rounds=args.rounds, required=required, aim=aim)
+    return compare(what, calls, rounds=args.rounds, required=required, aim=aim, clock=args.clock)
 
 
 def rate(ratio: Ratio, images: int) -> str:

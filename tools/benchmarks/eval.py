@@ -65,6 +65,7 @@ def main(args: argparse.Namespace, arguments: Sequence[str]) -> int:
         f"COCO evaluation, {args.images} images x {args.detections} detections",
         {"pycocotools": run_baseline, "CocoEvaluator": run_ours},
         rounds=args.rounds,
+        clock=args.clock,
         required=5,
         aim=10,
     )

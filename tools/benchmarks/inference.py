@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,13 +22,12 @@ from models.inference import prepare_for_inference
 from tools.conversion import hugging_face
 from util.nested_tensor import NestedTensor
 
-from .compare import Ratio, add_common_arguments, ratio_of, report
+from .compare import CLOCKS, Ratio, add_common_arguments, ratio_of, report
 from .ops import interleave
 
 CLASSES = {"deformable_detr": "DeformableDetr", "dab_detr": "DabDetr"}
 SIZES = {"deformable_detr": [(800, 1066)], "dab_detr": [(480, 640), (800, 1066)]}
 LABELS = 91
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # (model, our type) -> ratio to transformers in float32 that is required, and aimed at.
 TARGETS = {
     ("deformable_detr", "float32"): (2.5, 4.0),
@@ -52,12 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "x 640 for dab_detr too"
     )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: processor time of all threads, which a busy machine hardly changes",
-    )
     add_common_arguments(parser)
 
 

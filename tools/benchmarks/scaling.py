@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--values", nargs="+", type=int, help="values of the one thing that grows")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="options of main.py")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the plots scaling_*.png")
-    add_common_arguments(parser)
+    add_common_arguments(parser, clock=False)
 
 
 def main(args: argparse.Namespace, arguments: Sequence[str]) -> int:
