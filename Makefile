@@ -7,6 +7,7 @@
 #   make drills        kills, signals, full disks and a real Slurm: see docs/reliability.md
 #   make build         install and build the deformable-attention operator
 #   make lint          style and types
+#   make docs          the pages of docs/ and the API reference as HTML: build/docs/index.html
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ DEMO_OPTIONS ?=
 TEST_OPTIONS ?=
 COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=85
 
-.PHONY: demo demo-compare test test-all drills build lint install clean
+.PHONY: demo demo-compare test test-all drills build lint docs install clean
 
 install: $(VENV)/installed
 
@@ -56,5 +57,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-dev
+	rm -rf build/docs docs/api
+	$(BIN)/sphinx-build -W --keep-going -q docs build/docs
+
 clean:
-	rm -rf build models/ops/build models/ops/lib .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf build docs/api models/ops/build models/ops/lib .pytest_cache .mypy_cache .ruff_cache .coverage

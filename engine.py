@@ -38,10 +38,17 @@ class Evaluator(Protocol):
 
     coco_eval: dict[str, Any]
 
-    def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None: ...
-    def synchronize_between_processes(self) -> None: ...
-    def accumulate(self) -> None: ...
-    def summarize(self) -> Any: ...
+    def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Add the detections of some images."""
+
+    def synchronize_between_processes(self) -> None:
+        """Merge the images of all processes."""
+
+    def accumulate(self) -> None:
+        """Compute precision and recall over all images."""
+
+    def summarize(self) -> Any:
+        """Compute the 12 figures and return their table."""
 
 
 def train_one_epoch(

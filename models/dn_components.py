@@ -1,11 +1,12 @@
 """Denoising training as a plug-in: noised ground truth becomes extra decoder queries with known answers.
 
 Source: DN-DETR, CVPR 2022, "Denoising", "Attention Mask", "Label Embedding"; contrastive pairs from DINO, ICLR 2023,
-"Contrastive DeNoising Training". Three calls add it to a detector::
+"Contrastive DeNoising Training". Three calls add it to a detector: before the decoder, after the heads and beside the
+matching losses::
 
-    dn = prepare_for_dn(targets, label_enc, num_matching=Qm, options=options)      # before the decoder
-    logits, boxes, dn_outputs = dn_post_process(logits, boxes, dn.meta)             # after the heads
-    losses |= compute_dn_loss(dn_outputs, focal_alpha=0.25)                         # beside the matching losses
+    dn = prepare_for_dn(targets, label_enc, num_matching=Qm, options=options)
+    logits, boxes, dn_outputs = dn_post_process(logits, boxes, dn.meta)
+    losses |= compute_dn_loss(dn_outputs, focal_alpha=0.25)
 
 Layout of the denoising part: G groups of M' slots, M' = most objects in an image (twice that with contrastive pairs);
 object j of group g sits in slot g * M' + j, slots beyond an image's objects hold zeros.

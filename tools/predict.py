@@ -1,11 +1,11 @@
-"""Detect objects in pictures and videos: `python -m tools.predict CHECKPOINT INPUT... --output DIR`.
+"""Detect objects in pictures and videos: `python -m tools.predict CHECKPOINT INPUT --output DIR`.
 
 CHECKPOINT is a file of main.py, an official one, a .safetensors file of tools.convert_checkpoint, or the folder of a
 Hugging Face DAB-DETR or Deformable DETR. It is enough: options, class names and picture size come from inside it. A
 file that does not say which model it is gets options of main.py after `--`: `... -- -m dab_detr`.
 
-INPUT is a picture, a video, a folder, or a pattern such as 'shots/*.jpg'. A file that cannot be read is named at the
-end, all others are done, and the exit status is 1.
+INPUT is a picture, a video, a folder, or a pattern such as `shots/*.jpg`; several are fine. A file that cannot be
+read is named at the end, all others are done, and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What all floors share: options, boxes, checkpoints, distributed work, logs and plots."""

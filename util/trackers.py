@@ -27,10 +27,17 @@ _log = logging.getLogger(__name__)
 class Tracker(Protocol):
     """A place that keeps the history of runs."""
 
-    def log_options(self, options: Mapping[str, Any]) -> None: ...
-    def log_scalars(self, values: Mapping[str, float], step: int) -> None: ...
-    def log_picture(self, name: str, path: Path, step: int) -> None: ...
-    def close(self, *, failed: bool) -> None: ...
+    def log_options(self, options: Mapping[str, Any]) -> None:
+        """Take the options of the run."""
+
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Take the numbers of an epoch by name."""
+
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        """Take a picture file."""
+
+    def close(self, *, failed: bool) -> None:
+        """Write what is left; say whether the run failed."""
 
 
 class TensorBoardTracker:

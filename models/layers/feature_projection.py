@@ -19,7 +19,7 @@ NUM_GROUPS = 32
 
 
 def resize_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a (B, H, W) bool padding mask to (B, *size) by its nearest value.
+    """Resize a (B, H, W) bool padding mask to (B, h, w), `size`, by its nearest value.
 
     Picks what `F.interpolate` picks. In whole numbers, because runtimes of exported models round its scale differently.
     """

@@ -43,7 +43,7 @@ def write_coco(
 
     Args:
         source: what was read.
-        output: folder that gets annotations/instances_*2017.json and *2017/ with the pictures.
+        output: folder that gets `annotations/instances_*2017.json` and `*2017/` with the pictures.
         link: make symbolic links to the pictures instead of copying them.
         first_id: category id of the first class.
         difficult_as_crowd: objects marked difficult become crowd regions: never trained on or counted.
