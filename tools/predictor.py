@@ -25,6 +25,7 @@ from torch import Tensor
 from datasets import DatasetError
 from datasets.images import decode_image
 from datasets.transforms import EvalTransform
+from models.inference import prepare_for_inference
 from tools.detector import load_detector
 from util.distributed import pick_device
 from util.errors import OptionError
@@ -127,6 +128,7 @@ class Predictor:
             )
         self.device = pick_device(device)
         self.detector = load_detector(checkpoint, self.device, options=options, averaged=averaged)
+        self._model = prepare_for_inference(self.detector.model)
         known = len(self.detector.class_names)
         if class_names is not None and len(class_names) != known:
             raise OptionError(f"expected {known} class names, one per label of the model, got {len(class_names)}")
@@ -183,7 +185,7 @@ class Predictor:
         samples = nested_tensor_from_tensor_list(images).to(self.device)
         sizes = torch.tensor([(height, width) for width, height in sizes_wh], device=self.device)
         with autocast(self.device, enabled=self._amp, dtype=self._amp_dtype):
-            outputs = self.detector.model(samples)
+            outputs = self._model(samples)
         results = self.detector.postprocess(outputs, sizes)
         return [self._select({name: value.cpu() for name, value in result.items()}) for result in results]
 
