@@ -132,6 +132,8 @@ from pathlib import Path
 import torch
 from util.checkpoint import load_newest, save_latest
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+# Threads do not survive a fork: with a pool of them the child would wait for ever in its first tensor.
+torch.set_num_threads(1)
 content = {"model": {"w": torch.full((400_000,), -1.0)}, "epoch": -1}
 took = []
 for _ in range(4):
