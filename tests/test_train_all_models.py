@@ -143,8 +143,8 @@ BY_HEART = (
 )
 SMALL_DEFORMABLE = "--num_feature_levels 2 --hidden_dim 64 --dim_feedforward 128 --lr 5e-4 --lr_backbone 5e-4"
 SMALL_DENSE = "--hidden_dim 128 --dim_feedforward 256 --lr 4e-4 --lr_backbone 4e-4"
-# Measured with one thread on a machine where others were at work: three to nine minutes each; 98 seconds for
-# dn_dab_detr on a quiet one.
+# Measured with one thread: dab_detr 115 seconds and dn_dab_detr 98 on a quiet machine; where others were at work
+# deformable_detr and the encoder-only model 364 for both, the others up to nine minutes each.
 LEARNERS = (
     f"dab_detr {SMALL_DENSE} --epochs 14 --lr_drop 12",
     f"dn_dab_detr --use_dn {SMALL_DENSE}",
