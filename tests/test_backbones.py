@@ -147,6 +147,39 @@ def test_resnet_without_frozen_norm_equals_torchvision(name: str) -> None:
         assert torch.equal(actual, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_folding_frozen_norms_changes_no_feature_and_no_gradient(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    body = body_of(build(name, norm="FrozenBatchNorm2d", return_levels=4, train=True))
+    for module in body.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            # Statistics that matter; weights that keep sums over many blocks small.
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.uniform_(0.1, 0.5)
+            module.bias.normal_(std=0.1)
+    body.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    images = torch.randn(2, 3, 40, 56, dtype=body.conv1.weight.dtype)
+    parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
+
+    def compute() -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            maps = body(images)
+        assert all(each.dtype == dtype for each in maps)
+        return maps, torch.autograd.grad(sum(each.double().square().mean() for each in maps), parameters)
+
+    maps, gradients = compute()
+    monkeypatch.setattr("models.backbones.resnet.frozen_affines", lambda pairs: {})
+    expected_maps, expected_gradients = compute()
+    # In float64 only the order of products differs. bfloat16 has 8 bits, and up to 53 layers round.
+    share = 1e-10 if dtype == torch.float64 else 0.1
+    for got, expected in zip((*maps, *gradients), (*expected_maps, *expected_gradients), strict=True):
+        assert (got - expected).norm() <= share * expected.norm()
+
+
 def test_dilation_of_bottlenecks_equals_torchvision() -> None:
     joiner = build("resnet50", dilation=True)
     reference = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])

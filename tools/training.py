@@ -32,6 +32,7 @@ from util.plots import draw_examples, plot_logs
 from util.reports import epoch_record, epoch_table, record_scalars, save_detections, save_precision, speed_stats
 from util.run_state import RunState, build_run_state
 from util.signals import StopRequested, StopSignals
+from util.step import amp_dtype
 from util.trackers import Trackers, open_trackers
 
 _log = logging.getLogger(__name__)
@@ -232,9 +233,14 @@ def stop_training(run: Run, number: int) -> NoReturn:
 
 
 def evaluate_only(run: Run) -> None:
-    """Do what `--eval` asks for: one evaluation with curves, the table of classes and a log line."""
+    """Do what `--eval` asks for: one evaluation with curves, the table of classes and a log line.
+
+    With `--amp` the weights are rounded once, and boxes are computed in float32.
+    """
     curves = [run.folder / "eval.pth"] if run.folder else []
-    stats = evaluate_run(run, curves, per_class=True, model=prepare_for_inference(run.state.evaluated_model))
+    dtype = amp_dtype(run.args.amp_dtype, run.device) if run.args.amp else torch.float32
+    model = prepare_for_inference(run.state.evaluated_model, dtype)
+    stats = evaluate_run(run, curves, per_class=True, model=model)
     if run.folder and is_main_process():
         append_json_line(run.folder / "log.txt", {f"test_{name}": value for name, value in stats.items()})
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torchvision
+import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
 from util.errors import OptionError
 
 from .frozen_batch_norm import FrozenBatchNorm2d
 from .pretrained import imagenet_state_dict, load_resnet_weights, read_state_dict
-
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+from .residual import RESNETS, BasicBlock, Bottleneck, Pair, convolve, frozen_affines
 
 NORMS: dict[str, type[nn.Module]] = {
     "FrozenBatchNorm2d": FrozenBatchNorm2d,
@@ -56,7 +56,8 @@ class ResNetBody(nn.Module):
             )
         if dilation and num_stages < 4:
             raise OptionError(f"--dilation changes the fourth stage, but only {num_stages} are kept: drop one option")
-        resnet = torchvision.models.get_model(name, weights=None, norm_layer=NORMS[norm])
+        block, blocks_of_stage = RESNETS[name]
+        resnet = ResNet(block, blocks_of_stage, norm_layer=NORMS[norm])
         self.conv1, self.bn1, self.relu, self.maxpool = resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool
         self.stages = [f"layer{index}" for index in range(1, num_stages + 1)]
         for stage in self.stages:
@@ -71,12 +72,25 @@ class ResNetBody(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return ``return_levels`` maps (B, C_i, h_i, w_i) of (B, 3, H, W) images, finest first."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        affines = frozen_affines(self.pairs())
+        if affines:
+            images = images.contiguous(memory_format=torch.channels_last)  # as the fast convolutions want them
+        x = self.maxpool(self.relu(convolve(images, self.conv1, self.bn1, affines)))
         maps = []
         for stage in self.stages:
-            x = self.get_submodule(stage)(x)
+            for block in self.blocks(stage):
+                x = block(x, affines)
             maps.append(x)
         return maps[-self.return_levels :]
+
+    def blocks(self, stage: str) -> list[BasicBlock | Bottleneck]:
+        """Return the blocks of a stage, in order."""
+        return list(self.get_submodule(stage).children())  # type: ignore[arg-type]
+
+    def pairs(self) -> list[Pair]:
+        """Return all convolutions with the norms after them."""
+        blocks = [block for stage in self.stages for block in self.blocks(stage)]
+        return [(self.conv1, self.bn1), *(pair for block in blocks for pair in block.pairs)]
 
 
 def replace_stride_by_dilation(stage: nn.Module) -> None:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu, "selu": F.selu, "glu": F.glu}
 ACTIVATIONS = (*_FUNCTIONS, "prelu")
 
-# At inference on a CPU so many tokens go through a block at a time: their hidden layer stays in the cache, and the
-# allocator keeps its memory instead of asking the system for new pages at every call.
+# On a CPU so many tokens go through a block at a time: their hidden layer stays in the cache, and the allocator keeps
+# its memory instead of asking the system for new pages at every call.
 CHUNK = 1024
 
 
@@ -46,8 +46,8 @@ def feed_forward(
         return linear2(dropout(activation(linear1(part))))
 
     # A graph that is being recorded takes the plain way: a loop over chunks would tie it to one size.
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or tokens.device.type != "cpu" or tokens.shape[1] <= CHUNK:
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or tokens.device.type != "cpu" or tokens.shape[:-1].numel() <= CHUNK:
         return block(tokens)
-    activation = F.relu_ if activation is F.relu else activation  # nobody else reads the hidden layer
-    return torch.cat([block(part) for part in tokens.split(CHUNK, dim=1)], dim=1)
+    parts = tokens.flatten(0, 1).split(CHUNK)
+    return torch.cat([block(part) for part in parts]).view(*tokens.shape[:-1], -1)

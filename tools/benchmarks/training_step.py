@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Step:
         model, criterion, optimizer: the detector, what judges it, and what changes its weights.
         batch: images and targets.
         args: options of main.py.
-        classic: sample with plain PyTorch differentiated by autograd instead of the compiled operator.
+        classic: compute as classic code does, see `operator`.
     """
 
     model: nn.Module
@@ -115,11 +116,19 @@ def plain_operator(
 
 @contextlib.contextmanager
 def operator(*, classic: bool) -> Iterator[None]:
-    """Let the layers use plain PyTorch inside the block, if asked for."""
+    """Let the layers compute as classic code does inside the block, if asked for.
+
+    The operator is plain PyTorch, frozen batch norms multiply and shift the feature maps, and feed-forward blocks take
+    all tokens at once.
+    """
     if not classic:
         yield
         return
-    with mock.patch("models.layers.ms_deform_attn.ms_deform_attn", plain_operator):
+    with (
+        mock.patch("models.layers.ms_deform_attn.ms_deform_attn", plain_operator),
+        mock.patch("models.backbones.resnet.frozen_affines", lambda pairs: {}),
+        mock.patch("models.layers.feed_forward.CHUNK", sys.maxsize),
+    ):
         yield
 
 
