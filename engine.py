@@ -107,21 +107,20 @@ def train_one_epoch(
         losses = backward(model, criterion, batches, amp=args.amp, amp_dtype_name=args.amp_dtype, scaler=scaler)
         if scaler is not None:
             scaler.unscale_(optimizer)
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.clip_max_norm or math.inf)
-        # The one host synchronisation per step. Under float16 the scaler skips infinite gradients itself.
-        checked = [losses["loss"]] if scaler is not None else [losses["loss"], losses["grad_norm"]]
-        if not torch.isfinite(torch.stack(checked)).all().item():
+        norm = losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.clip_max_norm or math.inf)
+        # Under float16 the scaler skips a step with infinite gradients itself; an infinite norm would spoil the mean.
+        meters.update(losses if scaler is None else losses | {"grad_norm": norm.nan_to_num(nan=0.0, posinf=0.0)})
+        # The one host synchronisation per step beside that of the matcher: log lines find everything on the host.
+        newest = meters.read()
+        if not (math.isfinite(newest["loss"]) and math.isfinite(newest["grad_norm"])):
             stop_non_finite(model, batches, losses, rng_state, epoch=epoch, batch=batches_done, folder=args.output_dir)
         if scaler is not None:
             scaler.step(optimizer)
             scaler.update()
-            # A step the scaler skipped counts as a norm of zero; an infinite one would spoil the mean.
-            losses["grad_norm"] = torch.nan_to_num(losses["grad_norm"], nan=0.0, posinf=0.0)
         else:
             optimizer.step()
         if ema is not None:
             ema.update(getattr(model, "module", model))
-        meters.update(losses)
         batches_done += len(batches)
         if after_step is not None:
             after_step(batches_done)

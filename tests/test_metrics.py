@@ -30,6 +30,14 @@ def test_update_reads_nothing_until_asked() -> None:
         meters.read()
 
 
+def test_read_returns_the_newest_of_what_was_queued() -> None:
+    meters = MetricLogger()
+    meters.update({"a": torch.tensor(6.0), "b": torch.tensor(1.0)}, {"a": 3})
+    meters.update({"a": torch.tensor(5.0)})
+    assert meters.read() == {"a": 5.0, "b": 1.0}
+    assert meters.read() == {}
+
+
 def test_averages_divide_sums_by_counts() -> None:
     meters = MetricLogger()
     meters.update({"a": torch.tensor(6.0), "b": torch.tensor(1.0)}, {"a": 3})

@@ -1,4 +1,4 @@
-"""The host waits for the device at most twice per training step: once to match, once to see that all is finite."""
+"""The host waits for the device twice per training step: to match, and to see that all is finite and to log it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Batches:
             yield nested_tensor_from_tensor_list([torch.randn(3, 64, 64), torch.randn(3, 48, 80)]), targets
 
 
-def prepare(options: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.optim.Optimizer]:
+def prepare(options: str, *, sgd: bool = False) -> tuple[torch.nn.Module, torch.nn.Module, torch.optim.Optimizer]:
     """Build a small detector, its criterion and the optimizer of the program."""
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
@@ -67,13 +67,14 @@ def prepare(options: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.optim
     model, criterion, _ = build_model(args)
     logging.disable(logging.NOTSET)
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    return model, criterion, build_optimizer(groups, lr=1e-4, weight_decay=1e-4, sgd=False)
+    return model, criterion, build_optimizer(groups, lr=1e-4, weight_decay=1e-4, sgd=sgd)
 
 
 def waits_per_step(options: str, counts: list[tuple[int, int]], **changes: Any) -> tuple[list[list[str]], list[str]]:
-    """Train one epoch; return what made the host wait in each step, and after the last one."""
-    model, criterion, optimizer = prepare(options)
-    args: argparse.Namespace = engine_args(print_freq=changes.pop("print_freq", 1000), **changes)
+    """Train one epoch with a log line per step; return what made the host wait until each step's end, and after all."""
+    model, criterion, optimizer = prepare(options, sgd=changes.pop("sgd", False))
+    scaler = changes.pop("scaler", None)
+    args: argparse.Namespace = engine_args(**{"print_freq": 1, **changes})
     steps: list[list[str]] = []
     with counted() as waits:
         waits.mark([*model.parameters(), *model.buffers()])
@@ -84,24 +85,34 @@ def waits_per_step(options: str, counts: list[tuple[int, int]], **changes: Any) 
 
         ema = ModelEma(model, 0.9)
         loader = Batches(counts)
-        train_one_epoch(model, criterion, loader, optimizer, CPU, 0, args=args, ema=ema, after_step=after_step)
+        extra = {"scaler": scaler, "ema": ema, "after_step": after_step}
+        train_one_epoch(model, criterion, loader, optimizer, CPU, 0, args=args, **extra)
     return steps, waits.found
 
 
-@pytest.mark.parametrize("options", MODELS, ids=lambda options: options.split()[0])
-def test_synchronisations_of_a_step_are_two(options: str) -> None:
-    steps, after = waits_per_step(options, [(3, 2), (1, 0), (0, 0)])
+def assert_two(steps: list[list[str]], after: list[str]) -> None:
+    """Check that the host waited in the matcher and for the numbers of the step, and for nothing else."""
     for found in steps:
         assert len(found) == 2, found
-        assert "matcher.py" in found[0] and "engine.py" in found[1]
-    # The meters of all three steps, read once with the last progress line.
-    assert len(after) == 1 and "metrics.py" in after[0]
+        assert "matcher.py" in found[0] and "metrics.py" in found[1]
+    assert not after  # the means of the epoch were all on the host
 
 
-def test_synchronisations_for_the_log_come_every_print_freq_steps() -> None:
-    steps, after = waits_per_step("dn_dab_detr --use_dn", [(2, 1)] * 5, print_freq=2)
-    assert [len(found) for found in steps] == [2, 2, 3, 2, 3]  # the log line is written after the step before
-    assert len(after) == 1
+@pytest.mark.parametrize("options", MODELS, ids=lambda options: options.split()[0])
+def test_synchronisations_of_a_step_with_its_log_line_are_two(options: str) -> None:
+    assert_two(*waits_per_step(options, [(3, 2), (1, 0), (0, 0)]))
+
+
+def test_synchronisations_are_the_same_with_and_without_log_lines() -> None:
+    assert_two(*waits_per_step("dn_dab_detr --use_dn", [(2, 1)] * 5, print_freq=2))
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_synchronisations_of_a_step_in_float16_are_two(sgd: bool) -> None:
+    # The scale of the loss stays on the device, and the fused optimizer asks there whether to skip the step.
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    changes = {"scaler": scaler, "sgd": sgd, "amp": True, "amp_dtype": "float16"}
+    assert_two(*waits_per_step("dn_dab_detr --use_dn", [(2, 1)] * 3, **changes))
 
 
 def test_synchronisations_of_accumulated_batches_are_one_each_and_one_more() -> None:
@@ -144,7 +155,7 @@ def test_synchronisations_of_a_step_on_a_gpu_are_two(options: str, recwarn: pyte
     warnings.simplefilter("always")  # the same place warns in every step
     try:
         loader = Batches([(3, 2)] * 4)
-        args = engine_args(print_freq=1000)
+        args = engine_args(print_freq=1)
         train_one_epoch(model, criterion.to(device), loader, optimizer, device, 0, args=args, after_step=after_step)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -48,8 +48,9 @@ class SmoothedValue:
 class MetricLogger:
     """Named running averages, fed with tensors and read rarely.
 
-    `update` only queues tensors; `read` brings all queued ones to the host in one copy. Until `synchronize` the
-    numbers are those of this process.
+    `update` only queues tensors; `read` brings all queued ones to the host in one copy. Whoever reads at every step
+    anyway, as training does to see that all is finite, writes log lines for nothing. Until `synchronize` the numbers
+    are those of this process.
     """
 
     def __init__(self, window: int = 20) -> None:
@@ -69,17 +70,23 @@ class MetricLogger:
             values = torch.stack([value.float() for value in sums.values()])
         self._queued.append((names, values, tuple((counts or {}).get(name, 1.0) for name in names)))
 
-    def read(self) -> None:
-        """Move everything queued into the averages; one host synchronisation."""
+    def read(self) -> dict[str, float]:
+        """Move everything queued into the averages; one host synchronisation if there is anything.
+
+        Returns:
+            name -> mean of the newest step that had it, of those that were queued.
+        """
         if not self._queued:
-            return
+            return {}
         flat = torch.cat([values for _, values, _ in self._queued]).tolist()
         start = 0
         for names, _, counts in self._queued:
             for name, total, count in zip(names, flat[start : start + len(names)], counts, strict=True):
                 self._meters.setdefault(name, SmoothedValue(self._window)).update(total, count)
             start += len(names)
+        newest = {name: self._meters[name].recent[-1] for names, _, _ in self._queued for name in names}
         self._queued.clear()
+        return newest
 
     def synchronize(self) -> None:
         """Add up the sums and counts of all processes; every process must call it."""

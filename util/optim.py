@@ -62,9 +62,9 @@ def build_optimizer(
     groups: list[dict[str, Any]], *, lr: float, weight_decay: float, sgd: bool
 ) -> torch.optim.Optimizer:
     """Build AdamW, or SGD with momentum 0.9."""
+    # Fused: one kernel instead of about seven per tensor, on the CPU as well, and under float16 no flag is read.
     if sgd:
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay)
-    # Fused: one kernel instead of about seven per tensor, on the CPU as well.
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 

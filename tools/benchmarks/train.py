@@ -145,7 +145,7 @@ def synchronisation_ratio(classic: Step, ours: Step) -> Ratio:
             waits.mark([*step.model.parameters(), *step.model.buffers()])
             step.run()
         found[step.classic] = len(waits.found)
-    # The step here writes a log line, which reads the meters once.
+    # The step writes a log line, for which nothing more is read.
     return exactly("synchronisations, log line of every step included", "ours", found[False], found[True], "")
 
 
