@@ -13,7 +13,7 @@ from torch import Tensor
 from util.box_ops import OVERLAP_EPS, box_cxcywh_to_xyxy
 
 Targets = Sequence[dict[str, Tensor]]
-_Edge = Callable[[Tensor, Tensor], Tensor]
+_Edge = Callable[..., Tensor]
 
 
 class Matches(NamedTuple):
@@ -123,27 +123,39 @@ class HungarianMatcher:
             for rows, whole, each in zip(packed.split([rows.size for rows in assigned]), assigned, sets, strict=True)
         ]
 
+    @torch.no_grad()
     def cost(self, layers: Layers) -> Tensor:
         """Compute the cost blocks (N, B, M, Q) in float32; rows beyond an image's objects are meaningless.
 
         Queries come last and coordinates apart, so that every operation runs along memory.
         """
         labels, target_boxes = pad_targets(layers.targets, layers.sizes)
-        boxes, logits = layers.boxes_cxcywh.float(), layers.logits.float()
-        wanted = labels[None, :, :, None].expand(len(logits), -1, -1, logits.shape[2])
-        cost = self._class_cost(logits.transpose(2, 3).gather(2, wanted)).mul_(self.cost_class)
-        cost.add_(torch.cdist(target_boxes[None].expand(len(boxes), -1, -1, -1), boxes, p=1), alpha=self.cost_bbox)
-        own = box_cxcywh_to_xyxy(boxes).permute(3, 0, 1, 2).contiguous()[:, :, :, None]
-        given = box_cxcywh_to_xyxy(target_boxes).permute(2, 0, 1).contiguous()[..., None]
-        return cost.sub_(overlap_of_planes(own, given, self.overlap_eps), alpha=self.cost_giou)
+        boxes = layers.boxes_cxcywh.float()
+        own, given = box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes)
+        cost = overlap_of_planes(query_planes(own), object_planes(given), self.overlap_eps).mul_(-self.cost_giou)
+        scratch = torch.empty_like(cost)
+        for own, given in zip(query_planes(boxes), object_planes(target_boxes), strict=True):
+            cost.add_(torch.sub(own, given, out=scratch).abs_(), alpha=self.cost_bbox)
+        return cost.add_(self._class_cost(layers.logits.float(), labels))
 
-    def _class_cost(self, logits: Tensor) -> Tensor:
+    def _class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
         # Focal loss of "is this class" minus that of "is not", as official with gamma 2.
-        probability = logits.sigmoid()
+        image = torch.arange(len(labels), device=labels.device)[:, None]
+        probability = logits.transpose(2, 3)[:, image, labels].sigmoid_()
         rest = 1 - probability
-        positive = (probability + 1e-8).log_().mul_(rest.square()).mul_(-self.focal_alpha)
-        negative = (rest + 1e-8).log_().mul_(probability.square_()).mul_(self.focal_alpha - 1)
-        return positive.sub_(negative)
+        positive = (probability + 1e-8).log_().mul_(rest).mul_(rest).mul_(-self.cost_class * self.focal_alpha)
+        negative = rest.add_(1e-8).log_().mul_(probability).mul_(probability)
+        return positive.add_(negative, alpha=self.cost_class * (1 - self.focal_alpha))
+
+
+def query_planes(boxes: Tensor) -> Tensor:
+    """Lay coordinates of queries (N, B, Q, 4) out as (4, N, B, 1, Q), to be compared with `object_planes`."""
+    return boxes.movedim(-1, 0).contiguous()[:, :, :, None]
+
+
+def object_planes(boxes: Tensor) -> Tensor:
+    """Lay coordinates of objects (B, M, 4) out as (4, B, M, 1), to be compared with `query_planes`."""
+    return boxes.movedim(-1, 0).contiguous()[..., None]
 
 
 def overlap_of_planes(own: Tensor, given: Tensor, eps: float) -> Tensor:
@@ -158,15 +170,19 @@ def overlap_of_planes(own: Tensor, given: Tensor, eps: float) -> Tensor:
     """
 
     (left, top, right, bottom), (left_2, top_2, right_2, bottom_2) = own.unbind(), given.unbind()
+    # Written to again and again: new memory costs more than the arithmetic.
+    shape = torch.broadcast_shapes(own.shape[1:], given.shape[1:])
+    scratch, other = own.new_empty(shape), own.new_empty(shape)
 
     def product(first: _Edge, second: _Edge) -> Tensor:
-        width = first(right, right_2).sub_(second(left, left_2)).clamp_(min=0)
-        return width.mul_(first(bottom, bottom_2).sub_(second(top, top_2)).clamp_(min=0))
+        width = first(right, right_2).sub_(second(left, left_2, out=scratch)).clamp_(min=0)
+        height = first(bottom, bottom_2, out=scratch).sub_(second(top, top_2, out=other)).clamp_(min=0)
+        return width.mul_(height)
 
     shared, hull = product(torch.minimum, torch.maximum), product(torch.maximum, torch.minimum)
     own_area, given_area = (right - left) * (bottom - top), (right_2 - left_2) * (bottom_2 - top_2)
-    union = (own_area + given_area).sub_(shared)
-    empty = (hull - union).div_(hull.add_(eps))
+    union = torch.add(own_area, given_area, out=scratch).sub_(shared)
+    empty = torch.sub(hull, union, out=other).div_(hull.add_(eps))
     return shared.div_(union.add_(eps)).sub_(empty)
 
 

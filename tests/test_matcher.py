@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from models.matcher import HungarianMatcher, Layers, overlap_of_planes
 from tests.golden_recipe import load_npz
@@ -44,6 +45,32 @@ def test_match_is_the_cheapest_assignment():
     ((query, target),) = matcher(outputs, targets)
     cheapest = min(sum(cost[q, t] for t, q in enumerate(qs)) for qs in itertools.permutations(range(5), 3))
     torch.testing.assert_close(cost[query, target].sum(), cheapest)
+
+
+def test_costs_and_matches_are_those_of_the_full_matrix_of_all_queries_and_all_objects():
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 2, 30, 5) * 3, torch.rand(2, 2, 30, 4) * 0.5 + 0.2
+    targets = [{"labels": torch.arange(count) % 5, "boxes": torch.rand(count, 4) * 0.5 + 0.2} for count in (12, 7)]
+    matcher = HungarianMatcher(cost_class=2.5, cost_bbox=4.0, cost_giou=1.5, focal_alpha=0.3)
+    layers = Layers(logits, boxes, targets)
+    blocks, matches = matcher.cost(layers), matcher.match_layers(*layers)
+    labels, wanted = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
+    for layer in range(2):
+        p = logits[layer].flatten(0, 1).sigmoid()[:, labels].double()
+        given = boxes[layer].flatten(0, 1)
+        entropy = 0.3 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.7 * p**2 * -(1 - p + 1e-8).log()
+        overlap = generalized_box_iou(box_cxcywh_to_xyxy(given), box_cxcywh_to_xyxy(wanted))
+        full = 2.5 * entropy + 4.0 * torch.cdist(given, wanted, p=1) - 1.5 * overlap
+        parts = [full[:30, :12], full[30:, 12:]]
+        pairs = []
+        for image, part in enumerate(parts):
+            # float32 against float64 of sums below 30
+            torch.testing.assert_close(blocks[layer, image, : part.shape[1]].T.double(), part, rtol=1e-5, atol=1e-5)
+            pairs += [
+                (image, query, found + 12 * image) for query, found in zip(*linear_sum_assignment(part), strict=True)
+            ]
+        got = (matches.image, matches.query[layer], matches.target[layer])
+        assert list(zip(*(each.tolist() for each in got), strict=True)) == pairs
 
 
 def test_layers_are_matched_independently_in_one_call():
