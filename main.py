@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -14,6 +15,7 @@ import torch
 from datasets import DatasetError, naming_dead_workers
 from datasets.coco_names import COCO_NAMES
 from models import list_models
+from models.compiling import bounded_compilation
 from tools.training import build_run, evaluate_only, train
 from util.config import resolve_options
 from util.distributed import destroy_process_group, get_rank, init_distributed_mode, lost_process, pick_device
@@ -80,7 +82,8 @@ def start_run(args: argparse.Namespace, stops: StopSignals) -> None:
     seed_everything(args.seed + get_rank())
     run = build_run(args, device, folder, stops)
     restore(run.state, args, folder, coco_names=COCO_NAMES)
-    with naming_dead_workers(run.train_loader, run.val_loader):
+    compiling = bounded_compilation() if args.compile else contextlib.nullcontext()
+    with naming_dead_workers(run.train_loader, run.val_loader), compiling:
         if args.eval:
             evaluate_only(run)
         else:

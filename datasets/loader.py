@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
@@ -33,14 +34,18 @@ Sample = tuple[Tensor, Target]
 Batch = tuple[NestedTensor, tuple[Target, ...]]
 
 
-def collate_fn(batch: Sequence[Sample]) -> Batch:
+def collate_fn(batch: Sequence[Sample], size_multiple: int = 1) -> Batch:
     """Pad a list of samples to one batch.
+
+    Args:
+        batch: images (3, H, W) and their targets.
+        size_multiple: height and width of the batch are rounded up to multiples of so many pixels.
 
     Returns:
         (NestedTensor of B images, B targets).
     """
     images, targets = zip(*batch, strict=True)
-    return nested_tensor_from_tensor_list(images), targets
+    return nested_tensor_from_tensor_list(images, size_multiple), targets
 
 
 def build_data_loader(
@@ -50,6 +55,7 @@ def build_data_loader(
     num_workers: int,
     seed: int = 0,
     pin_memory: bool = False,
+    size_multiple: int = 1,
 ) -> DataLoader[Any]:
     """Build the loader of a data set.
 
@@ -60,6 +66,7 @@ def build_data_loader(
         num_workers: loading processes, 0 = load in this one.
         seed: base of the samples' seeds.
         pin_memory: copy batches into page-locked memory, for faster transfer to a GPU.
+        size_multiple: see `collate_fn`.
 
     Returns:
         Loader of (NestedTensor, targets); its length is that of a whole epoch. A `DatasetError` of a sample is raised
@@ -70,7 +77,7 @@ def build_data_loader(
         samples,
         batch_sampler=_EpochKeys(batch_sampler),
         num_workers=num_workers,
-        collate_fn=_collate_or_pass_error,
+        collate_fn=partial(_collate_or_pass_error, size_multiple=size_multiple),
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=samples.start_worker,
@@ -187,9 +194,9 @@ class _Loader(DataLoader[Any]):
             yield batch
 
 
-def _collate_or_pass_error(batch: Sequence[Sample | DatasetError]) -> Batch | DatasetError:
+def _collate_or_pass_error(batch: Sequence[Sample | DatasetError], size_multiple: int) -> Batch | DatasetError:
     error = next((sample for sample in batch if isinstance(sample, DatasetError)), None)
-    return error or collate_fn(cast("Sequence[Sample]", batch))
+    return error or collate_fn(cast("Sequence[Sample]", batch), size_multiple)
 
 
 class _SeededSamples(Dataset[Sample | DatasetError]):

@@ -9,6 +9,7 @@ from torch import nn
 
 from . import detectors as detectors  # importing the package registers every detector
 from .checkpointing import checkpoint_activations
+from .compiling import compile_layers
 from .registry import get_builder, list_models
 
 __all__ = ["build_model", "list_models"]
@@ -29,4 +30,6 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     model, criterion, postprocessors = get_builder(args.modelname)(args)
     if args.checkpoint_activations:
         checkpoint_activations(model)
+    if args.compile and not args.eval:  # an evaluation compiles what `prepare_for_inference` makes of the model
+        compile_layers(model)
     return model, criterion, postprocessors

@@ -13,11 +13,12 @@ from util.nested_tensor import NestedTensor, as_nested_tensor
 
 from .backbones.fusion import fold_batch_norms
 from .backbones.resnet import ResNetBody
+from .compiling import CompiledForInference
 
 BOX_HEADS = "bbox_embed"
 
 
-def prepare_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def prepare_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, *, compile: bool = False) -> nn.Module:
     """Return a copy of a detector that infers faster; the model itself stays as it is.
 
     In a ResNet batch norms are folded into the convolutions, and channels lie side by side in memory, as the fast
@@ -27,12 +28,18 @@ def prepare_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) 
         model: a detector, on its device; its state dict no longer fits the copy.
         dtype: float32 keeps results up to rounding; bfloat16 or float16 compute convolutions, linears and attention in
             that type, boxes and outputs in float32.
+        compile: generate code for the copy when it is first called, see `CompiledForInference`.
+
+    Raises:
+        OptionError: `compile` on a machine that cannot.
     """
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     for body in [module for module in prepared.modules() if isinstance(module, ResNetBody)]:
         fold_batch_norms(body)
         body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return prepared if dtype == torch.float32 else HalfPrecision(prepared, dtype)
+    if dtype != torch.float32:
+        prepared = HalfPrecision(prepared, dtype)
+    return CompiledForInference(prepared) if compile else prepared
 
 
 class HalfPrecision(nn.Module):

@@ -69,6 +69,21 @@ def test_collate_pads_and_keeps_targets() -> None:
     assert collected == tuple(targets)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_padded_to_multiples(dataset: CocoDetection, num_workers: int) -> None:
+    sampler = TrainBatchSampler(len(dataset), batch_size=2, seed=1)
+    loader = build_data_loader(dataset, batch_sampler=sampler, num_workers=num_workers, seed=3, size_multiple=32)
+    sampler.set_epoch(1)
+    plain = epoch_batches(dataset, epoch=1)
+    bucketed = list(loader)
+    for (samples, targets), (_, expected) in zip(bucketed, plain, strict=True):
+        assert all(size % 32 == 0 for size in samples.tensors.shape[-2:]) and samples.padded
+        assert all(torch.equal(t["boxes"], e["boxes"]) for t, e in zip(targets, expected, strict=True))
+    # Boxes refer to the pictures, which are the same.
+    one, other = pictures(bucketed), pictures(plain)
+    assert all(torch.equal(one[image_id], other[image_id]) for image_id in other)
+
+
 def test_batches_do_not_depend_on_workers(dataset: CocoDetection) -> None:
     expected = epoch_batches(dataset, epoch=2)
     assert len(expected) == 4

@@ -20,6 +20,16 @@ def test_batch_is_padded_at_the_bottom_and_right():
         assert float(batch[index].sum()) == float(image.sum())
 
 
+def test_sizes_are_rounded_up_to_a_multiple():
+    batch = nested_tensor_from_tensor_list([torch.ones(3, 2, 5), torch.ones(3, 4, 3)], 4)
+    assert batch.tensors.shape == (2, 3, 4, 8) and batch.padded
+    assert int((~batch.mask).sum()) == 2 * 5 + 4 * 3 == float(batch.tensors.sum()) / 3
+    # What fits already stays as it is.
+    assert not nested_tensor_from_tensor_list([torch.ones(3, 4, 8)], 4).padded
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        nested_tensor_from_tensor_list([torch.ones(3, 4, 8)], 0)
+
+
 @pytest.mark.parametrize("wrong", [[], [torch.zeros(4, 4)]])
 def test_anything_but_images_is_refused(wrong):
     with pytest.raises(ValueError, match=r"non-empty list of \(C, H, W\)"):

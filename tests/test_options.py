@@ -94,6 +94,7 @@ def test_defaults_pass_for_every_model() -> None:
         (("-m", "dn_dab_detr", "--resume", "auto"), "--output_dir"),
         (("-m", "dn_dab_detr", "--resume", "a.pth", "--pretrain_model_path", "b.pth"), "pass one"),
         (("-m", "dn_dab_detr", "--batch_size", "0"), "at least 1"),
+        (("-m", "dn_dab_detr", "--size_bucket", "-64"), "at least 0"),
         (("-m", "dn_dab_detr", "--use_dn", "--label_noise_scale", "1.5"), "from 0 to 1"),
         (("-m", "dn_dab_detr", "--dataset_file", "mine"), "--coco_path"),
         (("-m", "dn_dab_detr", "--fix_size", "--data_aug_scales", "300"), "--fix_size"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from datasets import DatasetError
+from models.compiling import CompiledForInference
 from tests.runs import command
 from tests.trained_files import evaluated, small_file
 from tools.detector import load_detector
@@ -174,3 +176,17 @@ def test_detections_become_those_of_supervision(package: str, monkeypatch: pytes
     assert found.confidence.tolist() == pytest.approx([0.9, 0.5])
     nothing = Detections(boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int64), ["a", "b"]).to_supervision()
     assert len(nothing.xyxy) == 0
+
+
+def test_compiled_predictor_finds_the_same(
+    tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The graph as it was cut, run operation by operation.
+    monkeypatch.setattr("models.inference.CompiledForInference", partial(CompiledForInference, backend="eager"))
+    paths = sorted((tiny_data / "val2017").iterdir())[:2]
+    plain, compiled = (
+        Predictor(tiny_checkpoint, device="cpu", score_threshold=0, compile=each) for each in (False, True)
+    )
+    for expected, found in zip(plain(paths), compiled(paths), strict=True):
+        np.testing.assert_array_equal(found.boxes_xyxy, expected.boxes_xyxy)
+        np.testing.assert_array_equal(found.scores, expected.scores)

@@ -19,8 +19,9 @@ KINDS = {
     "scaling": "inference as images, queries and classes grow, with plots",
     "loss": "matching and losses: all layers at once against layer by layer",
     "train": "a training step: speed, launched operations, synchronisations, memory",
+    "compile": "detectors compiled by torch.compile against eager ones: inference and training steps",
     "scaling_train": "a training step as batch, objects and denoising groups grow",
-    "all": "all of these but the growing ones, one after the other",
+    "all": "all of these but the growing and the compiled ones, one after the other",
 }
 
 

@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", default=1, type=int, help="pictures per forward pass (default 1)")
     parser.add_argument("--half", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on a CPU")
     parser.add_argument("--amp_dtype", choices=("float16", "bfloat16"), help="mixed precision in this type")
+    parser.add_argument("--compile", action="store_true", help="generate code first (torch.compile), for many pictures")
     parser.add_argument("--device", default="cuda", help="the CPU is used when there is no GPU")
     parser.add_argument("--scale", type=int, help="short side of the picture; default: as in the run's evaluation")
     parser.add_argument("--max_size", type=int, help="longest side; default: as in the run's evaluation")
@@ -148,6 +149,7 @@ def build_predictor(args: argparse.Namespace, model_options: Sequence[str]) -> P
         amp_dtype=args.amp_dtype,
         scale=args.scale,
         max_size=args.max_size,
+        compile=args.compile,
     )
     if args.class_names is not None:
         rename_classes(predictor, args.class_names)

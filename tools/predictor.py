@@ -97,6 +97,8 @@ class Predictor:
         amp: mixed precision; amp_dtype: "float16" or "bfloat16", None for the former on a GPU and the latter on a CPU.
         scale, max_size: short side and longest side the picture is resized to; None as in the run's evaluation.
         class_names: of every label, instead of those in the file.
+        compile: generate code for the detector at the first picture and at the first of another size, see
+            `models.compiling.CompiledForInference`; pays for many pictures.
 
     Attributes:
         class_names: of every label; category_ids: see `tools.detector.Detector`.
@@ -120,6 +122,7 @@ class Predictor:
         scale: int | None = None,
         max_size: int | None = None,
         class_names: Sequence[str] | None = None,
+        compile: bool = False,
     ) -> None:
         if batch_size < 1 or (top_k is not None and top_k < 1) or not 0 <= score_threshold <= 1:
             raise OptionError(
@@ -128,7 +131,7 @@ class Predictor:
             )
         self.device = pick_device(device)
         self.detector = load_detector(checkpoint, self.device, options=options, averaged=averaged)
-        self._model = prepare_for_inference(self.detector.model)
+        self._model = prepare_for_inference(self.detector.model, compile=compile)
         known = len(self.detector.class_names)
         if class_names is not None and len(class_names) != known:
             raise OptionError(f"expected {known} class names, one per label of the model, got {len(class_names)}")

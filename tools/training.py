@@ -88,6 +88,7 @@ def build_run(
     place = {"rank": get_rank(), "world_size": args.world_size, "batch_size": args.batch_size}
     loading = {"num_workers": args.num_workers, "seed": args.seed}
     loading["pin_memory"] = args.pin_memory and device.type == "cuda"
+    loading["size_multiple"] = args.size_bucket or 1
     sampler, train_loader = None, None
     if train_data is not None:
         groups = train_data.orientations() if args.aspect_ratio_grouping else None
@@ -239,7 +240,7 @@ def evaluate_only(run: Run) -> None:
     """
     curves = [run.folder / "eval.pth"] if run.folder else []
     dtype = amp_dtype(run.args.amp_dtype, run.device) if run.args.amp else torch.float32
-    model = prepare_for_inference(run.state.evaluated_model, dtype)
+    model = prepare_for_inference(run.state.evaluated_model, dtype, compile=run.args.compile)
     stats = evaluate_run(run, curves, per_class=True, model=model)
     if run.folder and is_main_process():
         append_json_line(run.folder / "log.txt", {f"test_{name}": value for name, value in stats.items()})

@@ -41,24 +41,26 @@ class NestedTensor(NamedTuple):
         return self.tensors, self.mask
 
 
-def nested_tensor_from_tensor_list(images: Sequence[Tensor]) -> NestedTensor:
+def nested_tensor_from_tensor_list(images: Sequence[Tensor], multiple: int = 1) -> NestedTensor:
     """Pad images with zeros at the bottom and right to the largest height and width among them.
 
     Args:
         images: (3, H_i, W_i) tensors of one dtype and device.
+        multiple: height and width of the batch are rounded up to multiples of so many pixels.
 
     Returns:
-        NestedTensor of (B, 3, max H, max W) and its (B, max H, max W) padding mask; `padded` is False where all images
-        have one size.
+        NestedTensor of (B, 3, H, W) and its (B, H, W) padding mask; `padded` is False where all images have the size of
+        the batch.
 
     Raises:
-        ValueError: the list is empty or an image has not three axes.
+        ValueError: the list is empty, an image has not three axes, or `multiple` is below 1.
     """
+    if multiple < 1:
+        raise ValueError(f"expected sizes to be rounded up to a multiple of at least 1 pixel, got {multiple}")
     if not images or any(image.ndim != 3 for image in images):
         shapes = [tuple(image.shape) for image in images]
         raise ValueError(f"expected a non-empty list of (C, H, W) images, got shapes {shapes}")
-    height = max(image.shape[1] for image in images)
-    width = max(image.shape[2] for image in images)
+    height, width = (-(-max(image.shape[axis] for image in images) // multiple) * multiple for axis in (1, 2))
     shape = (len(images), images[0].shape[0], height, width)
     if images[0].stride(0) == 1:
         # Pixels lie as decoders write them, the colours of one together: kept so, then whole rows can be copied.

@@ -116,6 +116,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     **dict.fromkeys(("batch_size", "accumulate_steps", "epochs", "lr_drop", "save_checkpoint_interval"), (1, None)),
     **dict.fromkeys(("print_freq", "keep_checkpoints", "num_queries", "num_select", "num_results"), (1, None)),
     **dict.fromkeys(("enc_layers", "checkpoint_steps", "num_workers", "start_epoch", "dn_number"), (0, None)),
+    "size_bucket": (0, None),
     "log_pictures_every": (0, None),
     **dict.fromkeys(("lr", "weight_decay", "clip_max_norm", "box_noise_scale", "num_patterns", "seed"), (0, None)),
     **dict.fromkeys(("dec_layers", "nheads", "hidden_dim", "dim_feedforward", "num_classes"), (1, None)),

@@ -130,6 +130,11 @@ def add_optimizer_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compute layers again in the backward pass instead of keeping their activations: less memory, more time",
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="generate machine code for the layers (torch.compile) in the first steps; needs a C++ compiler",
+    )
     group.add_argument("--ema", action="store_true", help="average the weights over time and evaluate the average")
     group.add_argument("--ema_decay", default=0.9997, type=float)
 
@@ -240,6 +245,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--aspect_ratio_grouping",
         action="store_true",
         help="training batches of wide images or of tall ones, for less padding",
+    )
+    group.add_argument(
+        "--size_bucket",
+        default=0,
+        type=int,
+        metavar="PIXELS",
+        help="pad batches, in evaluation too, to multiples of so many pixels, so that few sizes occur; 0: off",
     )
     group.add_argument("--num_workers", default=10, type=int, help="loading processes per process")
     group.add_argument("--no_pin_memory", dest="pin_memory", action="store_false", help="no page-locked batches")

@@ -108,8 +108,10 @@ class MSDeformAttn(nn.Module):
     ) -> Tensor:
         """Place offsets (B, Q, H, L, P, 2) around the reference points: (B, Q, H, L, P, 2), [0, 1] covers a level."""
         if reference_points.shape[-1] == 2:
-            sizes = torch.as_tensor(spatial_shapes, dtype=reference_points.dtype)
-            sizes = sizes.to(offsets.device, non_blocking=True).flip(-1)  # must not wait for the GPU
+            # Not as_tensor, which would tie compiled code to one size of pictures.
+            sizes = spatial_shapes if isinstance(spatial_shapes, Tensor) else torch.tensor(spatial_shapes)
+            # The host must not wait for the GPU.
+            sizes = sizes.to(offsets.device, reference_points.dtype, non_blocking=True).flip(-1)
             # Written as rows of L * P * 2 numbers: broadcasting over rows is vectorised, over pairs it is not.
             rows = [each.unsqueeze(-2).expand(*each.shape[:-1], self.n_points, 2) for each in (sizes, reference_points)]
             placed = rows[1].flatten(2)[:, :, None] + offsets.flatten(3) / rows[0].flatten()
