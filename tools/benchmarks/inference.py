@@ -11,6 +11,7 @@ import argparse
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "x 640 for dab_detr too"
     )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="measure our compiled detectors too")
     add_common_arguments(parser)
 
 
@@ -123,9 +125,9 @@ def measure(
     images = torch.randn(1, 3, *size)
     batch = NestedTensor(images, torch.zeros((1, *size), dtype=torch.bool), padded=False)
     calls: dict[str, Callable[[], Any]] = {"transformers float32": partial(theirs, pixel_values=images)}
-    for dtype in args.dtypes:
-        ready = prepare_for_inference(ours, getattr(torch, dtype))
-        calls[f"ours {dtype}"] = partial(ready, batch)
+    for dtype, compiled in product(args.dtypes, (False, True) if args.compile else (False,)):
+        ready = prepare_for_inference(ours, getattr(torch, dtype), compile=compiled)
+        calls[f"ours {dtype}{', compiled' if compiled else ''}"] = partial(ready, batch)
     if "bfloat16" in args.dtypes:
         calls["transformers bfloat16"] = partial(autocast_call, theirs, images)
     what = f"{name} R50 {size[0]} x {size[1]}"
@@ -134,7 +136,7 @@ def measure(
         seconds = interleave(calls, args.rounds, torch.device("cpu"), CLOCKS[args.clock])
     ratios = []
     for mine in [side for side in calls if side.startswith("ours")]:
-        dtype = mine.split()[1]
+        dtype = mine.split()[1].rstrip(",")
         required, aim = TARGETS[name, dtype]
         sides = {"ours": mine, "baseline": "transformers float32"}
         ratios.append(ratio_of(what, seconds, **sides, required=required, aim=aim))
