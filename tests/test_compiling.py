@@ -46,8 +46,8 @@ SLOWER = [pytest.param(options, marks=pytest.mark.slow) for options in MODELS[2:
 @pytest.fixture(autouse=True)
 def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start and end without graphs of other tests; let all code compute as it does inside compiled code."""
-    # Outside, frozen norms scale weights and large feed-forward blocks run in chunks, which rounds in another way. Below,
-    # equal means to the bit.
+    # Outside, frozen norms scale weights and large feed-forward blocks run in chunks, which rounds in another way.
+    # Below, equal means to the bit.
     monkeypatch.setattr("models.backbones.resnet.frozen_affines", lambda pairs: {})
     monkeypatch.setattr("models.layers.feed_forward.CHUNK", sys.maxsize)
     torch._dynamo.reset()

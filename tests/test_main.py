@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import main
+from tools import training
 from util.checkpoint import load_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -146,6 +147,25 @@ def test_evaluation_of_a_checkpoint(
     assert record["test_coco_eval_bbox"] == last["test_coco_eval_bbox"]
     assert record["test_loss"] == pytest.approx(last["test_loss"], rel=1e-6)
     assert torch.load(tmp_path / "eval.pth", weights_only=True)["precision"].shape[2] == 2
+
+
+def test_evaluation_in_mixed_precision_rounds_weights_once(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[torch.nn.Module] = []
+    prepare = training.prepare_for_inference
+    monkeypatch.setattr(
+        training, "prepare_for_inference", lambda *a, **k: evaluated.append(prepare(*a, **k)) or evaluated[-1]
+    )
+    losses = []
+    for flags in ([], ["--amp"], ["--amp", "--amp_dtype", "float16"]):
+        run(data, "--output_dir", tmp_path, "--eval", "--ema", "--resume", trained / "checkpoint.pth", *flags)
+        losses.append(json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])["test_loss"])
+    types = [{p.dtype for name, p in model.named_parameters() if "class_embed" in name} for model in evaluated]
+    assert types == [{torch.float32}, {torch.bfloat16}, {torch.float16}]
+    # Eight and eleven bits through three layers.
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[2] == pytest.approx(losses[0], rel=0.005)
+    assert len(set(losses)) == 3
 
 
 def test_resumed_in_mid_epoch_equals_the_undisturbed_run_bit_for_bit(data: Path, tmp_path: Path) -> None:
