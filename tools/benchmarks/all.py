@@ -11,7 +11,7 @@ from pathlib import Path
 from models.ops.library import FOLDER
 
 # What stands in the tables; plots of growing sizes are made apart.
-KINDS = ("ops", "attention", "loss", "inference", "train", "data", "eval", "model")
+KINDS = ("ops", "attention", "loss", "inference", "compile", "train", "data", "eval", "model")
 MODEL = "dn_dab_deformable_detr"
 
 
