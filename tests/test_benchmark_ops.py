@@ -63,4 +63,4 @@ def test_benchmark_all_runs_each_kind_and_tells_which_failed(
         ["data", "--coco_path", "cells", "--json", str(tmp_path / "figures" / "data.jsonl")],
     ]
     assert capsys.readouterr().out.endswith("failed: data\n")
-    assert set(benchmark.KINDS) == {*all_kinds.KINDS, "scaling", "scaling_train", "all"}
+    assert set(benchmark.KINDS) == {*all_kinds.KINDS, "scaling", "scaling_train", "compile", "all"}
