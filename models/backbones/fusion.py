@@ -12,8 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .frozen_batch_norm import FrozenBatchNorm2d
 from .resnet import ResNetBody
 
-# What torchvision's ResNets call a convolution and the norm after it.
-PAIRS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))
+NORMS = (FrozenBatchNorm2d, _BatchNorm)
 
 
 @torch.no_grad()
@@ -26,13 +25,13 @@ def fold_batch_norms(body: ResNetBody) -> None:
     Args:
         body: its state dict changes: convolutions gain a bias, norms are gone.
     """
+    for conv, norm in body.pairs():
+        if isinstance(norm, NORMS):
+            fold(conv, norm)
     for module in list(body.modules()):
-        children = dict(module.named_children())
-        for conv_name, norm_name in PAIRS:
-            conv, norm = children.get(conv_name), children.get(norm_name)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, (FrozenBatchNorm2d, _BatchNorm)):
-                fold(conv, norm)
-                setattr(module, norm_name, nn.Identity())
+        for name, child in list(module.named_children()):
+            if isinstance(child, NORMS):
+                setattr(module, name, nn.Identity())
 
 
 def fold(conv: nn.Conv2d, norm: Any) -> None:
