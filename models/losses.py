@@ -100,25 +100,24 @@ class _BoxLosses(torch.autograd.Function):
         difference = boxes - target
         corners = torch.stack((boxes, target))
         centre, half = corners[..., :2], corners[..., 2:] / 2
-        low, high = centre - half, centre + half
-        size = high - low
-        gap = torch.minimum(high[0], high[1]) - torch.maximum(low[0], low[1])
+        (low, low_2), (high, high_2) = (centre - half).unbind(), (centre + half).unbind()
+        size, size_2 = high - low, high_2 - low_2
+        gap = torch.minimum(high, high_2) - torch.maximum(low, low_2)
         inner = gap.clamp(min=0)
-        outer = torch.maximum(high[0], high[1]) - torch.minimum(low[0], low[1])
-        area = size[..., 0] * size[..., 1]
-        shared, hull = inner[..., 0] * inner[..., 1], outer[..., 0] * outer[..., 1]
-        union = area[0] + area[1] - shared
+        outer = torch.maximum(high, high_2) - torch.minimum(low, low_2)
+        area, area_2, shared, hull = (torch.mul(*wh.unbind(-1)) for wh in (size, size_2, inner, outer))
+        union = area + area_2 - shared
         iou, empty = shared / (union + eps), (hull - union) / (hull + eps)
         if ctx.needs_input_grad[0]:
             by_union = 1 / (hull + eps) - iou / (union + eps)
             by_shared = 1 / (union + eps) - by_union
             by_hull = (empty - 1) / (hull + eps)
             # Which of the two edges decides: 1 ours, 0 the target's, 1/2 both, as torch.minimum and maximum share it.
-            ours_high = (high[1] - high[0]).sign_().add_(1).div_(2)
-            ours_low = (low[0] - low[1]).sign_().add_(1).div_(2)
+            ours_high = (high_2 - high).sign_().add_(1).div_(2)
+            ours_low = (low - low_2).sign_().add_(1).div_(2)
             # A product of width and height changes with one of them as the other is large.
             of_shared = by_shared[..., None] * inner.flip(-1) * (gap >= 0)
-            of_union = by_union[..., None] * size[0].flip(-1)
+            of_union = by_union[..., None] * size.flip(-1)
             of_hull = by_hull[..., None] * outer.flip(-1)
             to_high = of_shared * ours_high + of_union + of_hull * (1 - ours_high)
             to_low = of_shared * ours_low + of_union + of_hull * (1 - ours_low)  # with the sign turned round

@@ -13,7 +13,7 @@ from models import build_model, dn_components, list_models
 from models.layers.feature_projection import ProjectedLevels
 from models.ops import use_backend
 from models.ops.backends import backend_for
-from models.transformers.deformable_encoder import encoder_reference_points, flatten_levels, valid_ratio
+from models.transformers.deformable_encoder import encoder_reference_points, flatten_levels, valid_ratio, valid_ratios
 from models.transformers.two_stage import base_proposals, proposal_embedding
 from tests.golden_recipe import load_npz
 
@@ -406,3 +406,10 @@ def test_valid_ratio_counts_the_first_row_and_column():
     mask = torch.ones(1, 4, 5, dtype=torch.bool)
     mask[:, :3, :2] = False
     torch.testing.assert_close(valid_ratio(mask), torch.tensor([[0.4, 0.75]]))
+
+
+def test_valid_ratios_are_one_without_padding():
+    masks = [torch.zeros(2, 4, 5, dtype=torch.bool), torch.zeros(2, 2, 3, dtype=torch.bool)]
+    positions = [torch.zeros(2, 8, *mask.shape[1:]) for mask in masks]
+    plain, checked = (valid_ratios(ProjectedLevels(positions, masks, positions, padded)) for padded in (False, True))
+    assert plain.dtype == torch.float32 and torch.equal(plain, checked)

@@ -86,8 +86,8 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
     Returns:
         log(x / (1 - x)), same shape.
     """
-    x = x.clamp(min=0, max=1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    # Bounds of one type: an integer beside a float ties exported models to one batch size.
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
 def _product(wh: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Affines = Mapping[nn.Conv2d, tuple[Tensor, Tensor]]
 
 
 def frozen_affines(pairs: Iterable[Pair]) -> dict[nn.Conv2d, tuple[Tensor, Tensor]]:
-    """Return what the frozen batch norms after convolutions do: scale and shift (C,) by convolution.
+    """Return what the frozen batch norms after convolutions do: scale (C, 1, 1, 1) and shift (C,) by convolution.
 
     The vectors of all norms are computed as one, in a handful of operations.
 
@@ -37,7 +37,7 @@ def frozen_affines(pairs: Iterable[Pair]) -> dict[nn.Conv2d, tuple[Tensor, Tenso
     scale = weight * (variance + eps).rsqrt()
     shift = bias - mean * scale
     lengths = [conv.out_channels for conv, _ in frozen]
-    parts = zip(frozen, scale.split(lengths), shift.split(lengths), strict=True)
+    parts = zip(frozen, scale.view(-1, 1, 1, 1).split(lengths), shift.split(lengths), strict=True)
     return {conv: (scale, shift) for (conv, _), scale, shift in parts}
 
 
@@ -50,7 +50,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, affines: Affines | Non
     if not affines or conv not in affines:
         return norm(conv(x))
     scale, shift = affines[conv]
-    weight = (conv.weight * scale.view(-1, 1, 1, 1)).to(conv.weight.dtype)
+    weight = (conv.weight * scale).to(conv.weight.dtype)
     return F.conv2d(x, weight, shift.to(weight.dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -18,12 +18,12 @@ from ..layers.anchor_encoding import build_anchors
 from ..layers.feature_projection import FeatureProjection
 from ..registry import register_model
 from ..transformers.deformable import DeformableTransformer
-from ..transformers.deformable_decoder import predict_layers
 from ..transformers.deformable_encoder import TokenLevels
 from .deformable_parts import (
     MATCHER_ALPHA,
     NUM_RESULTS,
     build_heads,
+    classify_layers,
     freeze_untaught_heads,
     multi_scale_features,
     transformer_sizes,
@@ -108,10 +108,10 @@ class DabDeformableDetr(nn.Module):
         queries, proposals = self.matching_queries(memory)
         if self.training and self.denoising is not None and self.label_enc is not None:
             queries = prepend_denoising(queries, targets, self.label_enc, self.denoising)
-        hidden, references = self.transformer.decode(
-            queries.content, queries.anchors_unsigmoid.sigmoid(), memory, attn_mask=queries.attn_mask
+        decoded = self.transformer.decode(
+            queries.content, queries.anchors_unsigmoid.sigmoid(), memory, self.bbox_embed, attn_mask=queries.attn_mask
         )
-        logits, boxes = predict_layers(hidden, references, self.class_embed, self.bbox_embed, self.transformer.eps)
+        logits, boxes = classify_layers(decoded, self.class_embed)
         return split_outputs(logits, boxes, queries.meta, aux_loss=self.aux_loss) | proposals
 
     def matching_queries(self, memory: TokenLevels) -> tuple[DecoderQueries, dict[str, Any]]:

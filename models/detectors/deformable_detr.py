@@ -17,12 +17,12 @@ from ..layers.prediction_heads import detection_outputs
 from ..matcher import Targets
 from ..registry import register_model
 from ..transformers.deformable import DeformableTransformer
-from ..transformers.deformable_decoder import predict_layers
 from ..transformers.deformable_encoder import TokenLevels
 from .deformable_parts import (
     MATCHER_ALPHA,
     NUM_RESULTS,
     build_heads,
+    classify_layers,
     freeze_untaught_heads,
     multi_scale_features,
     transformer_sizes,
@@ -93,10 +93,8 @@ class DeformableDetr(nn.Module):
         levels = self.input_proj(features, positions, batch.mask, self.backbone.position_encoding)
         memory = self.transformer.encode(levels)
         content, position, references, proposals = self.start_queries(memory)
-        hidden, references_of_layer = self.transformer.decode(content, references, memory, query_position=position)
-        logits, boxes = predict_layers(
-            hidden, references_of_layer, self.class_embed, self.bbox_embed, self.transformer.eps
-        )
+        decoded = self.transformer.decode(content, references, memory, self.bbox_embed, query_position=position)
+        logits, boxes = classify_layers(decoded, self.class_embed)
         return detection_outputs(logits, boxes, aux_loss=self.aux_loss) | proposals
 
     def start_queries(self, memory: TokenLevels) -> tuple[Tensor, Tensor | None, Tensor, dict[str, Any]]:

@@ -6,14 +6,15 @@ import copy
 from argparse import Namespace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .. import build
 from ..backbones import Joiner
 from ..layers.feature_projection import FeatureProjection
 from ..layers.prediction_heads import build_box_head, build_class_head
 from ..transformers.deformable import deformable_activation
-from ..transformers.deformable_decoder import DeformableDecoder
+from ..transformers.deformable_decoder import Decoded, DeformableDecoder
 
 # Kept for parity: the matchers of these models do not read --focal_alpha, their post-processing keeps 100 results.
 MATCHER_ALPHA = 0.25
@@ -72,6 +73,20 @@ def build_heads(
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias[2:], SMALL_BOX)
     return nn.ModuleList(class_heads), nn.ModuleList(box_heads)
+
+
+def classify_layers(decoded: Decoded, class_embed: nn.ModuleList) -> tuple[Tensor, Tensor]:
+    """Apply every layer's class head.
+
+    Args:
+        decoded: what the N layers of the decoder found.
+        class_embed: at least N heads; more belong to two-stage proposals.
+
+    Returns:
+        logits (N, B, Q, K) and boxes (N, B, Q, 4) cxcywh in [0, 1].
+    """
+    logits = [head(hidden) for head, hidden in zip(class_embed, decoded.hidden_states, strict=False)]
+    return torch.stack(logits), torch.stack(decoded.boxes)
 
 
 def freeze_untaught_heads(decoder: DeformableDecoder, class_embed: nn.ModuleList, bbox_embed: nn.ModuleList) -> None:

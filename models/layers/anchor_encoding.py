@@ -21,10 +21,10 @@ def anchor_sine_embedding(anchors_cxcywh: Tensor, num_feats: int = 128) -> Tenso
         (..., 4 * num_feats) in the order y, x, w, h, or (..., 2 * num_feats) in the order y, x; float32 at least.
     """
     anchors = anchors_cxcywh if anchors_cxcywh.dtype == torch.float64 else anchors_cxcywh.float()
-    index = torch.arange(num_feats, dtype=anchors.dtype, device=anchors.device)
-    wavelength = 10000 ** (2 * torch.div(index, 2, rounding_mode="floor") / num_feats)
-    angle = (anchors * (2 * math.pi))[..., None] / wavelength
-    waves = torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
+    # A sine and a cosine share each wavelength.
+    exponent = torch.arange(0, num_feats, 2, dtype=anchors.dtype, device=anchors.device) / num_feats
+    angle = (anchors * (2 * math.pi))[..., None] / 10000**exponent
+    waves = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
     x_first = waves.unbind(dim=-2)
     return torch.cat((x_first[1], x_first[0], *x_first[2:]), dim=-1)
 

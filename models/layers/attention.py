@@ -73,11 +73,12 @@ class SelfAttention(nn.Module):
         Returns:
             (B, S, C).
         """
-        split = 2 * tokens.shape[-1]
+        channels = tokens.shape[-1]
+        weight, value_weight = self.in_proj_weight.split([2 * channels, channels])
+        bias, value_bias = self.in_proj_bias.split([2 * channels, channels])
         placed = tokens if position is None else tokens + position
-        query_key = F.linear(placed, self.in_proj_weight[:split], self.in_proj_bias[:split])
-        query, key = query_key.chunk(2, dim=-1)
-        value = F.linear(tokens, self.in_proj_weight[split:], self.in_proj_bias[split:])
+        query, key = F.linear(placed, weight, bias).chunk(2, dim=-1)
+        value = F.linear(tokens, value_weight, value_bias)
         dropout = self.dropout if self.training else 0.0
         return self.out_proj(
             attend(query, key, value, num_heads=self.num_heads, may_attend=may_attend, dropout=dropout)

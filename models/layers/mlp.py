@@ -18,6 +18,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., input_dim) to (..., output_dim)."""
+        rows = x.flatten(0, -2)  # once, and not in every layer
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+            rows = F.relu(layer(rows))
+        return self.layers[-1](rows).view(*x.shape[:-1], -1)

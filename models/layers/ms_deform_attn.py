@@ -83,21 +83,20 @@ class MSDeformAttn(nn.Module):
             ValueError: reference_points has neither 2 nor 4 coordinates.
         """
         batch, tokens, _ = value_tokens.shape
-        value = self.value_proj(value_tokens)
+        value = self.value_proj(value_tokens.flatten(0, 1)).view(batch, tokens, self.n_heads, -1)
         if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0)
-        value = value.view(batch, tokens, self.n_heads, -1)
+            value = value.masked_fill(padding_mask[..., None, None], 0)
         per_query = (*query.shape[:2], self.n_heads, self.n_levels, self.n_points)
-        offsets, logits = self._project(query)
+        offsets, logits = self._project(query.flatten(0, 1))
         offsets = offsets.view(*per_query, 2)
         weights = F.softmax(logits.view(*per_query[:3], -1), -1).view(per_query)
         locations = self._locations(reference_points, offsets, spatial_shapes)
         return self.output_proj(ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights))
 
     def _project(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict offsets (B, Q, H * L * P * 2) and attention logits (B, Q, H * L * P)."""
+        """Predict offsets (B * Q, H * L * P * 2) and attention logits (B * Q, H * L * P) of (B * Q, C) queries."""
         first, second = self.sampling_offsets, self.attention_weights
-        if query.shape[0] * query.shape[1] < FUSED_FROM:
+        if query.shape[0] < FUSED_FROM:
             return first(query), second(query)
         weight, bias = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
         offsets, logits = F.linear(query, weight, bias).split([first.out_features, second.out_features], -1)

@@ -12,7 +12,7 @@ from util.box_ops import inverse_sigmoid
 
 from ..layers.anchor_encoding import anchor_sine_embedding
 from ..layers.attention import ProjectedAttention, visible_keys, visible_queries
-from ..layers.feed_forward import activated_width, build_activation
+from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from ..layers.mlp import MLP
 
 
@@ -73,8 +73,8 @@ class DabDecoderLayer(nn.Module):
         queries = self.norm1(queries + self.dropout1(attended))
         attended = self.attend_memory(queries, memory, query_position, query_sine, memory_position, may_attend_memory)
         queries = self.norm2(queries + self.dropout2(attended))
-        hidden = self.dropout(self.activation(self.linear1(queries)))
-        return self.norm3(queries + self.dropout3(self.linear2(hidden)))
+        hidden = feed_forward(queries, self.linear1, self.activation, self.linear2, self.dropout)
+        return self.norm3(queries + self.dropout3(hidden))
 
     def attend_queries(self, queries: Tensor, query_position: Tensor, may_attend: Tensor | None) -> Tensor:
         """Self-attention: content and position are added before the product."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.feature_projection import ProjectedLevels
 from ..layers.ms_deform_attn import MSDeformAttn
-from .deformable_decoder import AnchorDeformableDecoder, DeformableDecoder, DeformableDecoderLayer
+from .deformable_decoder import AnchorDeformableDecoder, Decoded, DeformableDecoder, DeformableDecoderLayer
 from .deformable_encoder import DeformableEncoder, DeformableEncoderLayer, TokenLevels, flatten_levels
 from .two_stage import OBJECT_CLASS, Proposals, base_proposals, best_tokens, proposal_embedding, take_tokens
 
@@ -151,9 +151,10 @@ class DeformableTransformer(nn.Module):
         queries: Tensor,
         references: Tensor,
         memory: TokenLevels,
+        box_heads: nn.ModuleList,
         *,
         query_position: Tensor | None = None,
         attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> Decoded:
         """Run the decoder; arguments and results as of `DeformableDecoder`."""
-        return self.decoder(queries, references, memory, query_position=query_position, attn_mask=attn_mask)
+        return self.decoder(queries, references, memory, box_heads, query_position=query_position, attn_mask=attn_mask)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +12,7 @@ from util.box_ops import inverse_sigmoid
 
 from ..layers.anchor_encoding import anchor_sine_embedding
 from ..layers.attention import SelfAttention, visible_queries
-from ..layers.feed_forward import activated_width, build_activation
+from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from ..layers.mlp import MLP
 from ..layers.ms_deform_attn import MSDeformAttn
 from .deformable_encoder import TokenLevels
@@ -71,15 +70,29 @@ class DeformableDecoderLayer(nn.Module):
             queries + query_position, references, memory.tokens, memory.shapes, memory.starts, memory.padding_mask
         )
         queries = self.norm1(queries + self.dropout1(attended))
-        hidden = self.dropout3(self.activation(self.linear1(queries)))
-        return self.norm3(queries + self.dropout4(self.linear2(hidden)))
+        hidden = feed_forward(queries, self.linear1, self.activation, self.linear2, self.dropout3)
+        return self.norm3(queries + self.dropout4(hidden))
+
+
+class Decoded(NamedTuple):
+    """What the N layers of a deformable decoder made of the queries.
+
+    Attributes:
+        hidden_states: (B, Q, C) each.
+        references: what each layer started from, (B, Q, 2 or 4) each, in [0, 1].
+        boxes: predictions (B, Q, 4) cxcywh in [0, 1], float32.
+    """
+
+    hidden_states: list[Tensor]
+    references: list[Tensor]
+    boxes: list[Tensor]
 
 
 class DeformableDecoder(nn.Module):
-    """Decoder layers with reference points, refined by every layer where there are box heads.
+    """Decoder layers with reference points; where `bbox_embed` is set, every layer starts from the boxes before it.
 
     Deformable DETR (ICLR 2021), "Deformable Transformer Decoder" and "Iterative Bounding Box Refinement". The box heads
-    are shared with the detector, which sets `bbox_embed`; official checkpoints hold them under both names.
+    are the detector's, which sets `bbox_embed` to them to refine; official checkpoints then hold them under both names.
 
     Args:
         layer: copied `num_layers` times.
@@ -105,38 +118,42 @@ class DeformableDecoder(nn.Module):
         queries: Tensor,
         references: Tensor,
         memory: TokenLevels,
+        box_heads: nn.ModuleList,
         *,
         query_position: Tensor | None = None,
         attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> Decoded:
         """Run all layers.
 
         Args:
             queries: (B, Q, C) content.
             references: (B, Q, 2) points as (x, y) or (B, Q, 4) boxes cxcywh in [0, 1], which covers the valid image.
             memory: from the encoder.
+            box_heads: one per layer; more belong to two-stage proposals.
             query_position: (B, Q, C) learned positions; anchors carry their own and need none.
             attn_mask: (Q, Q) or (B, Q, Q), True = may not attend.
 
         Returns:
-            hidden states (N, B, Q, C) and the references each of the N layers started from, (B, Q, 2 or 4) each.
+            what every layer made of the queries.
         """
         may_attend = visible_queries(attn_mask)
-        hidden_states, references_of_layer = [], [references]
-        for index, layer in enumerate(self.layers):
+        decoded = Decoded([], [], [])
+        start = references
+        for index, (layer, box_head) in enumerate(zip(self.layers, box_heads, strict=False)):
             ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)
             on_levels = references[:, :, None] * ratios[:, None]
             position = self.position_of_layer(index, queries, on_levels[:, :, 0], query_position)
             queries = layer(queries, position, on_levels, memory, may_attend)
-            hidden_states.append(queries)
-            if index + 1 < len(self.layers):
-                if self.bbox_embed is not None:
-                    refined = refine_references(self.bbox_embed[index](queries), references, self.eps)
-                    references = refined.detach()
-                    references_of_layer.append(refined if self.look_forward_twice else references)
-                else:
-                    references_of_layer.append(references)
-        return torch.stack(hidden_states), references_of_layer
+            offsets = box_head(queries)
+            boxes = refine_references(offsets, start, self.eps)
+            decoded.hidden_states.append(queries)
+            decoded.references.append(start)
+            decoded.boxes.append(boxes)
+            if self.bbox_embed is not None:
+                # Looking forward twice a layer learns from the next one's boxes, and from no later ones.
+                start = refine_references(offsets, references, self.eps) if self.look_forward_twice else boxes.detach()
+                references = boxes.detach()
+        return decoded
 
     def position_of_layer(
         self, index: int, queries: Tensor, references: Tensor, query_position: Tensor | None
@@ -189,27 +206,6 @@ def refine_references(offsets_unsigmoid: Tensor, references: Tensor, eps: float)
         boxes (..., 4) cxcywh in [0, 1], float32.
     """
     start = inverse_sigmoid(references.float(), eps)
-    return (offsets_unsigmoid.float() + F.pad(start, (0, 4 - start.shape[-1]))).sigmoid()
-
-
-def predict_layers(
-    hidden_states: Tensor,
-    references: Sequence[Tensor],
-    class_embed: nn.ModuleList,
-    bbox_embed: nn.ModuleList,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Apply every layer's own heads.
-
-    Args:
-        hidden_states: (N, B, Q, C) and references: N of (B, Q, 2 or 4), from the decoder.
-        class_embed, bbox_embed: at least N heads each; more belong to two-stage proposals.
-        eps: of the inverse sigmoid.
-
-    Returns:
-        logits (N, B, Q, K) and boxes (N, B, Q, 4) cxcywh in [0, 1].
-    """
-    logits = [head(hidden) for head, hidden in zip(class_embed, hidden_states, strict=False)]
-    offsets = [head(hidden) for head, hidden in zip(bbox_embed, hidden_states, strict=False)]
-    boxes = [refine_references(offset, start, eps) for offset, start in zip(offsets, references, strict=True)]
-    return torch.stack(logits), torch.stack(boxes)
+    if start.shape[-1] == 2:
+        start = F.pad(start, (0, 2))
+    return (offsets_unsigmoid.float() + start).sigmoid()

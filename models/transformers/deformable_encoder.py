@@ -46,9 +46,17 @@ def flatten_levels(levels: ProjectedLevels) -> TokenLevels:
         tokens=torch.cat([source.flatten(2).transpose(1, 2) for source in levels.sources], dim=1),
         position=torch.cat([position.flatten(2).transpose(1, 2) for position in levels.positions], dim=1),
         padding_mask=torch.cat([mask.flatten(1) for mask in levels.masks], dim=1) if levels.padded else None,
-        valid_ratios=torch.stack([valid_ratio(mask) for mask in levels.masks], dim=1),
+        valid_ratios=valid_ratios(levels),
         shapes=[(mask.shape[1], mask.shape[2]) for mask in levels.masks],
     )
+
+
+def valid_ratios(levels: ProjectedLevels) -> Tensor:
+    """Return the share of width and height of every level that is no padding, (B, L, 2) as (x, y)."""
+    if not levels.padded:
+        first = levels.masks[0]
+        return torch.ones(first.shape[0], len(levels.masks), 2, device=first.device)
+    return torch.stack([valid_ratio(mask) for mask in levels.masks], dim=1)
 
 
 def valid_ratio(padding_mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..layers.attention import ProjectedAttention, attend
 from ..layers.feature_projection import ProjectedLevels
-from ..layers.feed_forward import activated_width, build_activation
+from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from .dab_decoder import DabDecoder
 from .deformable_encoder import DeformableEncoder, DeformableEncoderLayer, TokenLevels, flatten_levels
 
@@ -81,8 +81,8 @@ class MultiScaleDabDecoderLayer(nn.Module):
         # The weights add up to 1, so that one projection of the mixture equals the mixture of projections.
         attended = self.ca_out_v_proj((found * level_weights[..., None]).sum(-2))
         queries = self.norm2(queries + self.dropout2(attended))
-        hidden = self.dropout(self.activation(self.linear1(queries)))
-        return self.norm3(queries + self.dropout3(self.linear2(hidden)))
+        hidden = feed_forward(queries, self.linear1, self.activation, self.linear2, self.dropout)
+        return self.norm3(queries + self.dropout3(hidden))
 
     def attend_levels(
         self,
