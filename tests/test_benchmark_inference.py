@@ -92,6 +92,30 @@ def test_attention_keeps_no_quadratic_tensor_for_backward(key_dim: int, value_di
     assert value.grad is not None and value.grad.shape == value.shape
 
 
+@pytest.mark.parametrize("padding", [[], ["--padding"]])
+def test_attention_compares_outputs_and_gradients_first(
+    padding: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "figures.jsonl"
+    argv = ["attention", "--tokens", "40", "--batch", "2", *padding, "--rounds", "1", "--json", str(lines)]
+    assert benchmark.main([*argv, "--threads", str(torch.get_num_threads())]) == 0
+    names = [json.loads(line)["name"] for line in lines.read_text().splitlines()]
+    title = "attention, batch 2, 40 tokens with padding" if padding else "attention, batch 2, 40 tokens"
+    assert [name for name in names if "forward" in name] == [
+        f"{layer} {title}, forward + backward" for layer in ("encoder", "decoder")
+    ]
+    assert "| ours | explicit softmax |" in capsys.readouterr().out
+
+
+def test_attention_that_ignores_padding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(*args: Any, **options: Any) -> Any:
+        return attend(*args, **options | {"may_attend": None})
+
+    monkeypatch.setitem(attention.SIDES, "ours", careless)
+    with pytest.raises(AssertionError):
+        attention.measure("encoder", attention.make_inputs("encoder", 40, 2, True), 1, "wall")
+
+
 def test_saved_bytes_counts_shared_memory_once() -> None:
     x = torch.randn(10, requires_grad=True)
     assert sum(attention.saved_bytes(lambda: x * x).values()) == 40

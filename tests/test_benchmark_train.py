@@ -11,6 +11,7 @@ from PIL import Image
 
 from tools import benchmark
 from tools.benchmarks import loss, scaling_train, train
+from tools.benchmarks.classic_model import classic_launches, explicit_attention
 from tools.benchmarks.training_step import CountCalls, peak_bytes
 
 TINY = [
@@ -62,6 +63,27 @@ def test_benchmark_train_step_that_computes_something_else_is_refused() -> None:
     classic.criterion.alpha = 0.5
     with pytest.raises(AssertionError):
         train.check_equal(classic, step)
+
+
+@pytest.mark.parametrize("model", ["dn_dab_deformable_detr", "dn_dab_dino_deformable_detr", "dn_dab_detr"])
+def test_benchmark_train_classic_launches_compute_the_same(model: str) -> None:
+    parser = train.argparse.ArgumentParser()
+    train.add_arguments(parser)
+    size = [each for each in SIZE if model != "dn_dab_detr" or "levels" not in each]
+    step = train.make_step(parser.parse_args(["-m", model, *size]))
+    classic = step.classically()
+    with CountCalls() as fewer:
+        expected = step.gradients()
+    with classic_launches(), CountCalls() as more:
+        torch.testing.assert_close(step.gradients(), expected, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    assert more.all > fewer.all
+    with classic_launches():
+        train.check_equal(classic, step)
+
+
+def test_benchmark_train_explicit_attention_refuses_dropout() -> None:
+    with pytest.raises(ValueError, match="expected no dropout"):
+        explicit_attention(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 4), num_heads=2, dropout=0.1)
 
 
 def test_benchmark_train_scaling_draws_every_axis(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ are counted on an imagined device where there is no GPU (`synchronisations.py`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .classic_model import classic_launches
 from .compare import CLOCKS, Ratio, add_common_arguments, compare, report
 from .synchronisations import counted
 from .training_step import CountCalls, Step, build_step, peak_bytes
@@ -127,7 +129,7 @@ def call_ratios(classic: Step, ours: Step) -> list[Ratio]:
     """Count the operations of forward, losses and backward."""
     counters = {}
     for step in (classic, ours):
-        with CountCalls() as counter:
+        with classic_launches() if step.classic else contextlib.nullcontext(), CountCalls() as counter:
             step.gradients()
         counters[step.classic] = counter
     before, after = counters[True], counters[False]

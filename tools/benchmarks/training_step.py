@@ -6,25 +6,23 @@ import argparse
 import collections
 import contextlib
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main as program
 from engine import train_one_epoch
 from models import build_model
-from models.ops import reference
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.step import Batch, Losses, backward
 
 from .classic_losses import ClassicCriterion
+from .classic_model import classic_arithmetic
 
 
 @dataclass
@@ -35,7 +33,7 @@ class Step:
         model, criterion, optimizer: the detector, what judges it, and what changes its weights.
         batch: images and targets.
         args: options of main.py.
-        classic: compute as classic code does, see `operator`.
+        classic: compute as classic code does, see `classic_arithmetic`.
     """
 
     model: nn.Module
@@ -49,15 +47,19 @@ class Step:
         """Do what the program does for one batch: `engine.train_one_epoch` over a loader of one."""
         device = self.batch[0].tensors.device
         options = argparse.Namespace(**{**vars(self.args), "print_freq": 1, "output_dir": "", "debug": False})
-        with operator(classic=self.classic), quiet():
+        with self.arithmetic(), quiet():
             return train_one_epoch(self.model, self.criterion, [self.batch], self.optimizer, device, 0, args=options)
 
     def gradients(self, *, seed: int = 0) -> Losses:
         """Return the losses after computing the gradients; the noise is that of the seed."""
         torch.manual_seed(seed)
         self.optimizer.zero_grad(set_to_none=True)
-        with operator(classic=self.classic):
+        with self.arithmetic():
             return backward(self.model, self.criterion, [self.batch], amp=self.args.amp)
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the layers compute."""
+        return classic_arithmetic() if self.classic else contextlib.nullcontext()
 
     def classically(self) -> Step:
         """Return the baseline: the same model, plain operator, float32, losses layer by layer."""
@@ -105,31 +107,6 @@ def make_batch(size: tuple[int, int], batch: int, objects: int, device: str = "c
         for number in range(batch)
     ]
     return images.to(device), targets
-
-
-def plain_operator(
-    value: Tensor, spatial_shapes: Any, level_start_index: Any, locations: Tensor, weights: Tensor
-) -> Tensor:
-    """Sample in plain PyTorch, differentiated by autograd."""
-    return reference.forward(value, [(int(h), int(w)) for h, w in spatial_shapes], locations, weights)
-
-
-@contextlib.contextmanager
-def operator(*, classic: bool) -> Iterator[None]:
-    """Let the layers compute as classic code does inside the block, if asked for.
-
-    The operator is plain PyTorch, frozen batch norms multiply and shift the feature maps, and feed-forward blocks take
-    all tokens at once.
-    """
-    if not classic:
-        yield
-        return
-    with (
-        mock.patch("models.layers.ms_deform_attn.ms_deform_attn", plain_operator),
-        mock.patch("models.backbones.resnet.frozen_affines", lambda pairs: {}),
-        mock.patch("models.layers.feed_forward.CHUNK", sys.maxsize),
-    ):
-        yield
 
 
 @contextlib.contextmanager
