@@ -127,7 +127,9 @@ class _Span(NamedTuple):
 def _resize(pixels: Tensor, size_hw: tuple[int, int]) -> Tensor:
     if tuple(pixels.shape[1:]) == size_hw:
         return pixels
-    return interpolate(pixels[None], size=size_hw, mode="bilinear", antialias=True)[0]
+    # A batch of one whose strides torch takes for channels last: it then neither unpacks nor repacks the colours.
+    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return interpolate(batch, size=size_hw, mode="bilinear", antialias=True)[0]
 
 
 def _picture_size(image: Image.Image) -> tuple[int, int]:

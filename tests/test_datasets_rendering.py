@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,20 @@ def test_uncropped_pixels_differ_by_one_level_at_most(flip: bool, size_hw: tuple
     assert found.dtype == torch.uint8
     # Weights of 15 or 16 bits instead of Pillow's 22, then rounding.
     assert int((found.int() - expected.int()).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("crop", [None, ((50, 70), (3, 5, 40, 50))])
+def test_rendered_pixels_lie_as_decoded(flip: bool, crop: Any) -> None:
+    pixels = to_pixels(smooth_picture(61, 45))
+    plan = Augmentation(flip, *(crop or (None, None)), (64, 80))
+    rendered = render_pixels(pixels, plan)
+    # The colours of a pixel side by side: so neither the resize nor the copy into the batch rearranges them.
+    assert rendered.stride(0) == 1
+    assert rendered.stride(2) == 3
+    assert nested_tensor_from_tensor_list([rendered, pixels]).tensors.stride(1) == 1
+    # The same values as resized in the order of planes.
+    assert torch.equal(rendered, render_pixels(pixels.contiguous(), plan))
 
 
 def test_cropped_pixels_are_close_on_a_smooth_picture() -> None:
