@@ -5,7 +5,7 @@ Both take the same decisions (`Augmentation`), so the objects of a picture do no
 
 from __future__ import annotations
 
-import io
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from .images import decode_image
+from .jpeg import read_frame
 
 
 class Augmentation(NamedTuple):
@@ -72,16 +73,19 @@ def decode_pixels(encoded: bytes) -> Tensor:
     Raises:
         DatasetError: as `decode_image`.
     """
-    try:
-        # Reads the header alone. Gray and RGB JPEGs are what torchvision decodes to Pillow's values.
-        with Image.open(io.BytesIO(encoded)) as header:
-            is_plain_jpeg = header.format == "JPEG" and header.mode in ("RGB", "L")
-        if is_plain_jpeg:
-            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError):
+    if _is_plain_jpeg(encoded):
         # Pillow decides what is a damaged file, and words the complaint.
-        pass
+        with contextlib.suppress(RuntimeError):
+            return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
     return to_pixels(decode_image(encoded))
+
+
+def _is_plain_jpeg(encoded: bytes) -> bool:
+    """Tell whether torchvision gives the values of Pillow: for gray and colour JPEGs of a size that Pillow accepts."""
+    frame = read_frame(encoded)
+    if frame is None or frame.bits != 8 or frame.components not in (1, 3):
+        return False
+    return 0 < frame.height * frame.width <= (Image.MAX_IMAGE_PIXELS or math.inf)
 
 
 def render_pixels(pixels: Tensor, plan: Augmentation) -> Tensor:
