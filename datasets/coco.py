@@ -25,13 +25,14 @@ from .annotations import (
     clip_boxes,
     has_area,
     load_annotation_file,
-    make_target,
+    make_arrays,
     read_objects,
+    to_tensors,
 )
 from .images import ImageFolder
 from .labels import LabelMap
 from .rendering import RENDERERS, Augmentation
-from .transforms import augment_target
+from .transforms import augment_objects
 
 _log = logging.getLogger(__name__)
 
@@ -140,8 +141,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._compare_size(index, width, height)
         plan = self.transform.draw(width, height)
         rows = slice(self._first[index], self._first[index + 1])
-        target = make_target(self._objects.rows(rows), image_id=self.ids[index], width=width, height=height)
-        return self._renderer.render(image, plan), augment_target(target, plan, width=width, height=height)
+        objects = make_arrays(self._objects.rows(rows), image_id=self.ids[index], width=width, height=height)
+        objects = augment_objects(objects, plan, width=width, height=height)
+        return self._renderer.render(image, plan), to_tensors(objects)
 
     @property
     def num_bad_images(self) -> int:

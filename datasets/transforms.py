@@ -3,7 +3,8 @@
 A target's ``boxes`` are xyxy in pixels until `to_model_input` makes them cxcywh relative to the image. Random numbers
 come from the python ``random`` module (flip, branch, sizes) and, for the position of the crop window, from torch's
 default generator, in the official order. Nothing here seeds them: `datasets.loader` does, per sample. What is drawn
-depends on the size of the picture alone: drawing, pixels (`datasets.rendering`) and targets are three separate steps.
+depends on the size of the picture alone: drawing, pixels (`datasets.rendering`) and objects are three separate steps.
+Objects are carried along as numpy arrays and become the tensors of a target at the end.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from util.box_ops import box_xyxy_to_cxcywh
 from util.pixels import normalize_pixels
 
-from .annotations import DatasetError, Target
+from .annotations import Arrays, DatasetError, Target, has_area, to_arrays, to_tensors
 from .rendering import Augmentation, render_picture, to_pixels
 
 TRAIN_SCALES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
@@ -49,87 +50,93 @@ def resized_hw(width: int, height: int, size: int, max_size: int | None) -> tupl
 
 def hflip(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
     """Mirror the image and its boxes left to right."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), hflip_target(target, image.width)
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return mirrored, to_tensors(hflip_objects(to_arrays(target), image.width))
 
 
-def hflip_target(target: Target, width: int) -> Target:
+def hflip_objects(objects: Arrays, width: int) -> Arrays:
     """Mirror the boxes in a picture of this width."""
-    x0, y0, x1, y1 = target["boxes"].unbind(-1)
-    return target | {"boxes": torch.stack((width - x1, y0, width - x0, y1), dim=-1)}
+    boxes_xyxy = objects["boxes"].copy()
+    boxes_xyxy[:, 0::2] = width - objects["boxes"][:, 2::-2]
+    return objects | {"boxes": boxes_xyxy}
 
 
 def resize(image: Image.Image, target: Target, size_hw: tuple[int, int]) -> tuple[Image.Image, Target]:
     """Resize the image bilinearly with antialiasing, its boxes and areas with it."""
     resized = image.resize(size_hw[::-1], Image.Resampling.BILINEAR)
-    return resized, resize_target(target, (image.height, image.width), size_hw)
+    return resized, to_tensors(resize_objects(to_arrays(target), (image.height, image.width), size_hw))
 
 
-def resize_target(target: Target, from_hw: tuple[int, int], size_hw: tuple[int, int]) -> Target:
+def resize_objects(objects: Arrays, from_hw: tuple[int, int], size_hw: tuple[int, int]) -> Arrays:
     """Scale boxes and areas with a picture that is resized."""
     scale_y, scale_x = (new / old for new, old in zip(size_hw, from_hw, strict=True))
-    return target | {
-        "boxes": target["boxes"] * torch.tensor([scale_x, scale_y, scale_x, scale_y]),
-        "area": target["area"] * (scale_x * scale_y),
-        "size": torch.tensor(size_hw),
+    return objects | {
+        "boxes": objects["boxes"] * np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32),
+        "area": objects["area"] * np.float32(scale_x * scale_y),
+        "size": np.array(size_hw),
     }
 
 
 def crop(image: Image.Image, target: Target, window: tuple[int, int, int, int]) -> tuple[Image.Image, Target]:
-    """Cut a window (top, left, height, width) out of the image, and see `crop_target`."""
+    """Cut a window (top, left, height, width) out of the image, and see `crop_objects`."""
     top, left, height, width = window
-    return image.crop((left, top, left + width, top + height)), crop_target(target, window)
+    part = image.crop((left, top, left + width, top + height))
+    return part, to_tensors(crop_objects(to_arrays(target), window))
 
 
-def crop_target(target: Target, window: tuple[int, int, int, int]) -> Target:
+def crop_objects(objects: Arrays, window: tuple[int, int, int, int]) -> Arrays:
     """Drop objects that lose their whole area; the others get the area of the box left.
 
     Args:
-        target: boxes xyxy in pixels.
+        objects: boxes xyxy in pixels.
         window: (top, left, height, width) in pixels.
     """
     top, left, height, width = window
-    boxes_xyxy = target["boxes"] - torch.tensor([left, top, left, top], dtype=torch.float32)
-    boxes_xyxy = boxes_xyxy.minimum(torch.tensor([width, height, width, height], dtype=torch.float32)).clamp(min=0)
-    extent = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-    keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
-    return target | {
-        "boxes": boxes_xyxy[keep],
-        "area": (extent[:, 0] * extent[:, 1])[keep],
-        "labels": target["labels"][keep],
-        "iscrowd": target["iscrowd"][keep],
-        "size": torch.tensor([height, width]),
+    boxes_xyxy = objects["boxes"] - np.array([left, top, left, top], dtype=np.float32)
+    boxes_xyxy = np.maximum(np.minimum(boxes_xyxy, np.array([width, height, width, height], dtype=np.float32)), 0)
+    keep = has_area(boxes_xyxy)
+    boxes_xyxy = boxes_xyxy[keep]
+    return objects | {
+        "boxes": boxes_xyxy,
+        "area": (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1]),
+        "labels": objects["labels"][keep],
+        "iscrowd": objects["iscrowd"][keep],
+        "size": np.array([height, width]),
     }
 
 
-def augment_target(target: Target, plan: Augmentation, *, width: int, height: int) -> Target:
+def augment_objects(objects: Arrays, plan: Augmentation, *, width: int, height: int) -> Arrays:
     """Carry the objects of a picture along with what is done to it.
 
     Args:
-        target: boxes xyxy in pixels.
+        objects: boxes xyxy in pixels.
         plan: what is done.
         width, height: size of the picture before.
 
     Returns:
-        The target with ``boxes`` cxcywh relative to the outcome.
+        The objects with ``boxes`` cxcywh relative to the outcome.
     """
     size_hw = (height, width)
     if plan.flip:
-        target = hflip_target(target, width)
+        objects = hflip_objects(objects, width)
     if plan.before_crop_hw is not None and plan.window is not None:
-        target = crop_target(resize_target(target, size_hw, plan.before_crop_hw), plan.window)
+        objects = crop_objects(resize_objects(objects, size_hw, plan.before_crop_hw), plan.window)
         size_hw = plan.window[2:]
-    return relative_boxes(resize_target(target, size_hw, plan.size_hw), plan.size_hw)
+    return relative_boxes(resize_objects(objects, size_hw, plan.size_hw), plan.size_hw)
 
 
-def relative_boxes(target: Target, size_hw: tuple[int, int]) -> Target:
+def relative_boxes(objects: Arrays, size_hw: tuple[int, int]) -> Arrays:
     """Turn xyxy boxes in pixels of an image of this size into relative cxcywh."""
     height, width = size_hw
-    return target | {"boxes": box_xyxy_to_cxcywh(target["boxes"]) / torch.tensor([width, height, width, height])}
+    low, high = objects["boxes"][:, :2], objects["boxes"][:, 2:]
+    boxes_cxcywh = np.concatenate(((low + high) / np.float32(2), high - low), axis=1)
+    return objects | {"boxes": boxes_cxcywh / np.array([width, height, width, height], dtype=np.float32)}
 
 
 def to_model_input(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
     """Turn an RGB picture into a normalised (3, H, W) float32 tensor and its boxes into relative cxcywh."""
-    return normalize_pixels(to_pixels(image)), relative_boxes(target, (image.height, image.width))
+    objects = relative_boxes(to_arrays(target), (image.height, image.width))
+    return normalize_pixels(to_pixels(image)), to_tensors(objects)
 
 
 class TrainTransform:
@@ -209,8 +216,8 @@ class EvalTransform:
 
 
 def _apply(plan: Augmentation, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
-    target = augment_target(target, plan, width=image.width, height=image.height)
-    return normalize_pixels(render_picture(image, plan)), target
+    objects = augment_objects(to_arrays(target), plan, width=image.width, height=image.height)
+    return normalize_pixels(render_picture(image, plan)), to_tensors(objects)
 
 
 def _check_sizes(
