@@ -73,8 +73,10 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor], multiple: int = 1) 
         batch[index, :, :h, :w].copy_(image)
         # Not the whole batch before the copy, which would write most of it twice.
         for part, padding in ((batch[index], 0), (mask[index], True)):
-            part[..., h:, :] = padding
-            part[..., :h, w:] = padding
+            if h < height:
+                part[..., h:, :] = padding
+            if w < width:
+                part[..., :h, w:] = padding
     return NestedTensor(batch, mask, padded=any(image.shape[1:] != (height, width) for image in images))
 
 
