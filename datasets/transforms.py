@@ -69,7 +69,7 @@ def resize(image: Image.Image, target: Target, size_hw: tuple[int, int]) -> tupl
 
 def resize_objects(objects: Arrays, from_hw: tuple[int, int], size_hw: tuple[int, int]) -> Arrays:
     """Scale boxes and areas with a picture that is resized."""
-    scale_y, scale_x = (new / old for new, old in zip(size_hw, from_hw, strict=True))
+    scale_y, scale_x = size_hw[0] / from_hw[0], size_hw[1] / from_hw[1]
     return objects | {
         "boxes": objects["boxes"] * np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32),
         "area": objects["area"] * np.float32(scale_x * scale_y),
