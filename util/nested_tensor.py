@@ -70,13 +70,12 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor], multiple: int = 1) 
     mask = torch.zeros((len(images), height, width), dtype=torch.bool, device=images[0].device)
     for index, image in enumerate(images):
         h, w = image.shape[-2:]
-        batch[index, :, :h, :w].copy_(image)
+        batch[index, :, :h, :w] = image
         # Not the whole batch before the copy, which would write most of it twice.
-        for part, padding in ((batch[index], 0), (mask[index], True)):
-            if h < height:
-                part[..., h:, :] = padding
-            if w < width:
-                part[..., :h, w:] = padding
+        if h < height:
+            batch[index, :, h:], mask[index, h:] = 0, True
+        if w < width:
+            batch[index, :, :h, w:], mask[index, :h, w:] = 0, True
     return NestedTensor(batch, mask, padded=any(image.shape[1:] != (height, width) for image in images))
 
 
