@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -20,6 +21,13 @@ def shared_data(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"data set {name} is not here")
     return folder
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    """Return the content of the file that Pillow would write."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def options(**changes: Any) -> Namespace:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -13,16 +11,11 @@ from datasets.annotations import DatasetError
 from datasets.images import decode_image
 from datasets.jpeg import Frame, read_frame
 from datasets.rendering import decode_pixels, to_pixels
+from tests.dataset_helpers import encoded
 
 
 def noise_picture(width: int = 37, height: int = 21, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def with_thumbnail() -> bytes:

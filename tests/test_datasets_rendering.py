@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from datasets.annotations import DatasetError
 from datasets.images import decode_image
 from datasets.rendering import Augmentation, decode_pixels, render_picture, render_pixels, to_pixels
 from datasets.transforms import TrainTransform
-from tests.dataset_helpers import instances, options, shared_data, small_options, write_data_set, write_split
+from tests.dataset_helpers import encoded, instances, options, shared_data, small_options, write_data_set, write_split
 from tests.runs import command, write_pictures
 from tools.training import build_run, evaluate_run, train_epoch
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -32,12 +31,6 @@ def smooth_picture(width: int, height: int) -> Image.Image:
     y, x = np.mgrid[:height, :width].astype(np.float64)
     waves = [np.sin(x / 23 + k) * np.cos(y / 31 - k) for k in range(3)]
     return Image.fromarray((127.5 + 120 * np.stack(waves, -1)).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
