@@ -69,7 +69,13 @@ class DabTransformer(nn.Module):
         mask = None if padding_mask is None else padding_mask.flatten(1)
         memory = self.encoder(tokens, position, mask)
         return self.decoder(
-            queries, anchors_unsigmoid, memory, memory_position=position, padding_mask=mask, attn_mask=attn_mask
+            queries,
+            anchors_unsigmoid,
+            memory,
+            memory_position=position,
+            level_lengths=[memory.shape[1]],
+            padding_mask=mask,
+            attn_mask=attn_mask,
         )
 
     def add_patterns(self, queries: Tensor) -> Tensor:

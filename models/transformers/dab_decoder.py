@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,98 +13,21 @@ from util.box_ops import inverse_sigmoid
 
 from ..layers.anchor_encoding import anchor_sine_embedding
 from ..layers.attention import ProjectedAttention, visible_keys, visible_queries
-from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from ..layers.mlp import MLP
+from .dab_layer import DabLayer
 
 
-class DabDecoderLayer(nn.Module):
-    """Self-attention of queries, cross-attention to memory, feed-forward; every sum is followed by its norm.
-
-    Content and position have their own projections (Conditional DETR, ICCV 2021, "Conditional cross-attention");
-    in cross-attention they are concatenated head by head, so that their products add up instead of mixing.
-    """
+class DabDecoderLayer(DabLayer):
+    """A decoder layer that attends to the whole memory at once."""
 
     def __init__(self, *, d_model: int, num_heads: int, dim_feedforward: int, dropout: float, activation: str) -> None:
-        super().__init__()
-        self.sa_qcontent_proj = nn.Linear(d_model, d_model)
-        self.sa_qpos_proj = nn.Linear(d_model, d_model)
-        self.sa_kcontent_proj = nn.Linear(d_model, d_model)
-        self.sa_kpos_proj = nn.Linear(d_model, d_model)
-        self.sa_v_proj = nn.Linear(d_model, d_model)
-        self.self_attn = ProjectedAttention(d_model, num_heads, dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.ca_qcontent_proj = nn.Linear(d_model, d_model)
-        self.ca_qpos_proj: nn.Linear | None = nn.Linear(d_model, d_model)
-        self.ca_kcontent_proj = nn.Linear(d_model, d_model)
-        self.ca_kpos_proj = nn.Linear(d_model, d_model)
-        self.ca_v_proj = nn.Linear(d_model, d_model)
-        self.ca_qpos_sine_proj = nn.Linear(d_model, d_model)
+        super().__init__(d_model=d_model, num_heads=num_heads, dropout=dropout)
         self.cross_attn = ProjectedAttention(d_model, num_heads, dropout)
-        self.num_heads = num_heads
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(activated_width(activation, dim_feedforward), d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.norm3 = nn.LayerNorm(d_model)
-        self.dropout2 = nn.Dropout(dropout)
-        self.dropout3 = nn.Dropout(dropout)
-        self.activation = build_activation(activation)
+        self.add_feed_forward(d_model=d_model, dim_feedforward=dim_feedforward, dropout=dropout, activation=activation)
 
-    def forward(
-        self,
-        queries: Tensor,
-        memory: Tensor,
-        *,
-        query_position: Tensor,
-        query_sine: Tensor,
-        memory_position: Tensor,
-        may_attend_queries: Tensor | None,
-        may_attend_memory: Tensor | None,
-    ) -> Tensor:
-        """Refine (B, Q, C) queries against (B, S, C) memory.
-
-        Args:
-            query_position: (B, Q, C) learned embedding of the anchors.
-            query_sine: (B, Q, C) modulated sine embedding of the anchor centres.
-            memory_position: (B, S, C) position encoding of the memory.
-            may_attend_queries, may_attend_memory: see `attend`.
-        """
-        attended = self.attend_queries(queries, query_position, may_attend_queries)
-        queries = self.norm1(queries + self.dropout1(attended))
-        attended = self.attend_memory(queries, memory, query_position, query_sine, memory_position, may_attend_memory)
-        queries = self.norm2(queries + self.dropout2(attended))
-        hidden = feed_forward(queries, self.linear1, self.activation, self.linear2, self.dropout)
-        return self.norm3(queries + self.dropout3(hidden))
-
-    def attend_queries(self, queries: Tensor, query_position: Tensor, may_attend: Tensor | None) -> Tensor:
-        """Self-attention: content and position are added before the product."""
-        query = self.sa_qcontent_proj(queries) + self.sa_qpos_proj(query_position)
-        key = self.sa_kcontent_proj(queries) + self.sa_kpos_proj(query_position)
-        return self.self_attn(query, key, self.sa_v_proj(queries), may_attend)
-
-    def attend_memory(
-        self,
-        queries: Tensor,
-        memory: Tensor,
-        query_position: Tensor,
-        query_sine: Tensor,
-        memory_position: Tensor,
-        may_attend: Tensor | None,
-    ) -> Tensor:
-        """Cross-attention: content and sine embedding stand side by side in every head."""
-        query, key = self.ca_qcontent_proj(queries), self.ca_kcontent_proj(memory)
-        key_position = self.ca_kpos_proj(memory_position)
-        if self.ca_qpos_proj is not None:
-            query = query + self.ca_qpos_proj(query_position)
-            key = key + key_position
-        query = self._join_heads(query, self.ca_qpos_sine_proj(query_sine))
-        key = self._join_heads(key, key_position)
-        return self.cross_attn(query, key, self.ca_v_proj(memory), may_attend)
-
-    def _join_heads(self, content: Tensor, position: Tensor) -> Tensor:
-        heads = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, position)]
-        return torch.cat(heads, dim=-1).flatten(-2)
+    def gather(self, query: Tensor, key: Tensor, value: Tensor, may_attend: Tensor | None, **_: Any) -> Tensor:
+        """Attend to all tokens alike; levels are not told apart."""
+        return self.cross_attn(query, key, value, may_attend)
 
 
 class DabDecoder(nn.Module):
@@ -115,7 +39,7 @@ class DabDecoder(nn.Module):
 
     bbox_embed: Callable[[Tensor], Tensor]
 
-    def __init__(self, layer: nn.Module, *, num_layers: int, d_model: int) -> None:
+    def __init__(self, layer: DabLayer, *, num_layers: int, d_model: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
         for later in self.layers[1:]:
@@ -133,6 +57,7 @@ class DabDecoder(nn.Module):
         memory: Tensor,
         *,
         memory_position: Tensor,
+        level_lengths: list[int],
         padding_mask: Tensor | None,
         attn_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -141,6 +66,7 @@ class DabDecoder(nn.Module):
         Args:
             queries: (B, Q, C) content; anchors_unsigmoid: (B, Q, 4) cxcywh before the sigmoid.
             memory, memory_position: (B, S, C); padding_mask: (B, S), True = padding.
+            level_lengths: tokens of each level of the memory, adding up to S.
             attn_mask: (Q, Q) or (B, Q, Q), True = may not attend.
 
         Returns:
@@ -149,6 +75,7 @@ class DabDecoder(nn.Module):
         """
         sight = {
             "memory_position": memory_position,
+            "level_lengths": level_lengths,
             "may_attend_queries": visible_queries(attn_mask),
             "may_attend_memory": visible_keys(padding_mask),
         }

@@ -32,11 +32,16 @@ class TokenLevels(NamedTuple):
     shapes: list[tuple[int, int]]
 
     @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each level, adding up to S."""
+        return [height * width for height, width in self.shapes]
+
+    @property
     def starts(self) -> list[int]:
         """Index of the first token of each level."""
         starts = [0]
-        for height, width in self.shapes[:-1]:
-            starts.append(starts[-1] + height * width)
+        for length in self.lengths[:-1]:
+            starts.append(starts[-1] + length)
         return starts
 
 
@@ -140,8 +145,7 @@ class DeformableEncoder(nn.Module):
     def forward(self, levels: TokenLevels, level_embed: Tensor) -> TokenLevels:
         """Return the levels with refined tokens; level_embed (L, C) tells tokens of different levels apart."""
         reference_points = encoder_reference_points(levels.shapes, levels.valid_ratios)
-        lengths = [height * width for height, width in levels.shapes]
-        of_level = torch.cat([row.expand(length, -1) for row, length in zip(level_embed, lengths, strict=True)])
+        of_level = torch.cat([row.expand(length, -1) for row, length in zip(level_embed, levels.lengths, strict=True)])
         position = levels.position + of_level
         tokens = levels.tokens
         for layer in self.layers:

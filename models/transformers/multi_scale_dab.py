@@ -5,115 +5,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers.attention import ProjectedAttention, attend
+from ..layers.attention import attend
 from ..layers.feature_projection import ProjectedLevels
-from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from .dab_decoder import DabDecoder
-from .deformable_encoder import DeformableEncoder, DeformableEncoderLayer, TokenLevels, flatten_levels
+from .dab_layer import DabLayer
+from .deformable_encoder import DeformableEncoder, DeformableEncoderLayer, flatten_levels
 
 
-class MultiScaleDabDecoderLayer(nn.Module):
-    """A DAB decoder layer that attends to every level by itself and mixes what it finds.
+class MultiScaleDabDecoderLayer(DabLayer):
+    """A decoder layer that attends to every level by itself and mixes what it finds.
 
     The attention of one level competes only within that level; one softmax over levels, read from the query of the
-    self-attention, weighs the results. The projections are shared by all levels. The order of the parts is that of the
-    official checkpoints.
+    self-attention, weighs the results. The projections are shared by all levels.
     """
-
-    ca_qpos_proj: nn.Linear | None
 
     def __init__(
         self, *, d_model: int, num_heads: int, num_levels: int, dim_feedforward: int, dropout: float, activation: str
     ) -> None:
-        super().__init__()
-        self.sa_qcontent_proj = nn.Linear(d_model, d_model)
-        self.sa_qpos_proj = nn.Linear(d_model, d_model)
-        self.sa_kcontent_proj = nn.Linear(d_model, d_model)
-        self.sa_kpos_proj = nn.Linear(d_model, d_model)
-        self.sa_v_proj = nn.Linear(d_model, d_model)
-        self.self_attn = ProjectedAttention(d_model, num_heads, dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.ca_qcontent_proj = nn.Linear(d_model, d_model)
-        self.ca_qpos_proj = nn.Linear(d_model, d_model)
-        self.ca_kcontent_proj = nn.Linear(d_model, d_model)
-        self.ca_kpos_proj = nn.Linear(d_model, d_model)
-        self.ca_v_proj = nn.Linear(d_model, d_model)
-        self.ca_qpos_sine_proj = nn.Linear(d_model, d_model)
+        super().__init__(d_model=d_model, num_heads=num_heads, dropout=dropout)
+        self.attention_dropout = dropout
         self.ca_out_v_proj = nn.Linear(d_model, d_model)
         nn.init.zeros_(self.ca_out_v_proj.bias)
         self.lvl_attn = nn.Linear(d_model, num_levels)
-        self.num_heads, self.attention_dropout = num_heads, dropout
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(activated_width(activation, dim_feedforward), d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.norm3 = nn.LayerNorm(d_model)
-        self.dropout2 = nn.Dropout(dropout)
-        self.dropout3 = nn.Dropout(dropout)
-        self.activation = build_activation(activation)
+        self.add_feed_forward(d_model=d_model, dim_feedforward=dim_feedforward, dropout=dropout, activation=activation)
 
-    def forward(
+    def gather(
         self,
-        queries: Tensor,
-        memory: TokenLevels,
-        *,
-        query_position: Tensor,
-        query_sine: Tensor,
-        memory_position: Tensor,
-        may_attend_queries: Tensor | None,
-        may_attend_memory: Tensor | None,
-    ) -> Tensor:
-        """Refine (B, Q, C) queries against the memory.
-
-        Args:
-            query_position: (B, Q, C) learned embedding of the anchors.
-            query_sine: (B, Q, C) modulated sine embedding of the anchor centres.
-            memory_position: (B, S, C) position encoding of the memory.
-            may_attend_queries, may_attend_memory: see `attend`.
-        """
-        query = self.sa_qcontent_proj(queries) + self.sa_qpos_proj(query_position)
-        key = self.sa_kcontent_proj(queries) + self.sa_kpos_proj(query_position)
-        attended = self.self_attn(query, key, self.sa_v_proj(queries), may_attend_queries)
-        queries = self.norm1(queries + self.dropout1(attended))
-        level_weights = self.lvl_attn(query).softmax(-1)
-        found = self.attend_levels(queries, memory, query_position, query_sine, memory_position, may_attend_memory)
-        # The weights add up to 1, so that one projection of the mixture equals the mixture of projections.
-        attended = self.ca_out_v_proj((found * level_weights[..., None]).sum(-2))
-        queries = self.norm2(queries + self.dropout2(attended))
-        hidden = feed_forward(queries, self.linear1, self.activation, self.linear2, self.dropout)
-        return self.norm3(queries + self.dropout3(hidden))
-
-    def attend_levels(
-        self,
-        queries: Tensor,
-        memory: TokenLevels,
-        query_position: Tensor,
-        query_sine: Tensor,
-        memory_position: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         may_attend: Tensor | None,
+        *,
+        asked: Tensor,
+        level_lengths: list[int],
     ) -> Tensor:
-        """Return what the queries find on each level, (B, Q, L, C).
-
-        In every head content and sine embedding stand side by side, as in the decoder with one level.
-        """
-        query, key = self.ca_qcontent_proj(queries), self.ca_kcontent_proj(memory.tokens)
-        key_position, value = self.ca_kpos_proj(memory_position), self.ca_v_proj(memory.tokens)
-        if self.ca_qpos_proj is not None:
-            query = query + self.ca_qpos_proj(query_position)
-            key = key + key_position
-        query = self._join_heads(query, self.ca_qpos_sine_proj(query_sine))
-        key = self._join_heads(key, key_position)
-        lengths = [height * width for height, width in memory.shapes]
-        masks = [None] * len(lengths) if may_attend is None else may_attend.split(lengths, -1)
-        parts = zip(key.split(lengths, 1), value.split(lengths, 1), masks, strict=True)
+        """Attend level by level and add up by weight; arguments and result as of `DabLayer.gather`."""
+        level_weights = self.lvl_attn(asked).softmax(-1)
+        masks = [None] * len(level_lengths) if may_attend is None else may_attend.split(level_lengths, -1)
+        parts = zip(key.split(level_lengths, 1), value.split(level_lengths, 1), masks, strict=True)
         dropout = self.attention_dropout if self.training else 0.0
         found = [attend(query, k, v, num_heads=self.num_heads, may_attend=m, dropout=dropout) for k, v, m in parts]
-        return torch.stack(found, dim=-2)
-
-    def _join_heads(self, content: Tensor, position: Tensor) -> Tensor:
-        heads = [x.unflatten(-1, (self.num_heads, -1)) for x in (content, position)]
-        return torch.cat(heads, dim=-1).flatten(-2)
+        # The weights add up to 1, so that one projection of the mixture equals the mixture of projections.
+        return self.ca_out_v_proj((torch.stack(found, dim=-2) * level_weights[..., None]).sum(-2))
 
 
 class MultiScaleDabTransformer(nn.Module):
@@ -182,8 +115,9 @@ class MultiScaleDabTransformer(nn.Module):
         return self.decoder(
             queries,
             anchors_unsigmoid,
-            memory,
+            memory.tokens,
             memory_position=memory.position,
+            level_lengths=memory.lengths,
             padding_mask=memory.padding_mask,
             attn_mask=attn_mask,
         )

@@ -208,13 +208,14 @@ def _trace_dense_attention(model: nn.Module, image: Tensor, layers: Any) -> list
 
 
 def _trace_level_attention(model: nn.Module, image: Tensor, layers: Any) -> list[DenseAttention]:
+    transformer: Any = model.transformer
     with (
         recorded_calls(multi_scale_dab, "attend") as calls,
         recorded_modules(*(layer.lvl_attn for layer in layers)) as level_logits,
-        recorded_modules(_decoder(model)) as inputs,
+        recorded_modules(transformer.encoder) as encoded,
     ):
         model([image])
-    shapes = inputs[0][2].shapes
+    shapes = encoded[0][-1].shapes
     traces = []
     for number, (_, logits) in enumerate(level_logits):
         shares = logits[0].float().softmax(-1).unbind(-1)
