@@ -13,6 +13,7 @@ from .dn_components import DenoisingOptions
 from .layers.position_encoding import build_position_encoding
 from .matcher import HungarianMatcher
 from .postprocess import PostProcess
+from .transformers.layer_sizes import LayerSizes
 
 COCO_NUM_CLASSES = 91  # largest category id of COCO plus 1
 
@@ -56,6 +57,17 @@ def backbone_from_args(args: Namespace, *, levels: int, dense_position: bool) ->
         return_levels=levels,
         num_stages=args.backbone_stages,
         freeze_keywords=args.backbone_freeze_keywords or (),
+    )
+
+
+def layer_sizes(args: Namespace) -> LayerSizes:
+    """Return the sizes of a transformer's layers."""
+    return LayerSizes(
+        d_model=args.hidden_dim,
+        num_heads=args.nheads,
+        dim_feedforward=args.dim_feedforward,
+        dropout=args.dropout,
+        activation=args.transformer_activation,
     )
 
 

@@ -24,9 +24,9 @@ from .deformable_parts import (
     NUM_RESULTS,
     build_heads,
     classify_layers,
+    deformable_transformer,
     freeze_untaught_heads,
     multi_scale_features,
-    transformer_sizes,
 )
 from .denoising import DecoderQueries, prepend_denoising, split_outputs
 
@@ -147,10 +147,9 @@ def build_dab_deformable_detr(
         if args.two_stage and getattr(args, name):
             raise OptionError(f"--{name} changes learned anchors, which --two_stage replaces: drop one of the two")
     backbone, projection = multi_scale_features(args)
-    transformer = DeformableTransformer(
-        **transformer_sizes(args),
+    transformer = deformable_transformer(
+        args,
         look_forward_twice=look_forward_twice,
-        two_stage=args.two_stage,
         mixed_queries=args.num_queries if mixed_query_selection else 0,
     )
     model = DabDeformableDetr(

@@ -107,13 +107,9 @@ def build_dab_detr(args: Namespace, *, label_embedding: bool) -> tuple[nn.Module
     backbone = build.backbone_from_args(args, levels=1, dense_position=True)
     denoising = build.denoising_from_args(args) if label_embedding else None
     transformer = DabTransformer(
-        d_model=args.hidden_dim,
-        num_heads=args.nheads,
+        build.layer_sizes(args),
         num_encoder_layers=args.enc_layers,
         num_decoder_layers=args.dec_layers,
-        dim_feedforward=args.dim_feedforward,
-        dropout=args.dropout,
-        activation=args.transformer_activation,
         encoder_norm=args.pre_norm,
         num_patterns=args.num_patterns,
     )

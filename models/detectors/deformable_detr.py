@@ -23,9 +23,9 @@ from .deformable_parts import (
     NUM_RESULTS,
     build_heads,
     classify_layers,
+    deformable_transformer,
     freeze_untaught_heads,
     multi_scale_features,
-    transformer_sizes,
 )
 
 INVERSE_SIGMOID_EPS = 1e-5
@@ -118,9 +118,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     if args.two_stage and not args.with_box_refine:
         raise OptionError("--two_stage gives boxes that the decoder has to refine: pass --with_box_refine too")
     backbone, projection = multi_scale_features(args)
-    transformer = DeformableTransformer(
-        **transformer_sizes(args), anchor_queries=False, two_stage=args.two_stage, eps=INVERSE_SIGMOID_EPS
-    )
+    transformer = deformable_transformer(args, anchor_queries=False, eps=INVERSE_SIGMOID_EPS)
     model = DeformableDetr(
         backbone=backbone,
         projection=projection,

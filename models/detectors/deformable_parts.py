@@ -1,4 +1,4 @@
-"""What the deformable detectors share: multi-scale features, the transformer's sizes, one pair of heads per layer."""
+"""What the deformable detectors share: multi-scale features, the transformer, one pair of heads per layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import build
 from ..backbones import Joiner
 from ..layers.feature_projection import FeatureProjection
 from ..layers.prediction_heads import build_box_head, build_class_head
-from ..transformers.deformable import deformable_activation
+from ..transformers.deformable import DeformableTransformer, deformable_activation
 from ..transformers.deformable_decoder import Decoded, DeformableDecoder
 
 # Kept for parity: the matchers of these models do not read --focal_alpha, their post-processing keeps 100 results.
@@ -38,20 +38,18 @@ def multi_scale_features(args: Namespace, *, dense_position: bool = False) -> tu
     return backbone, FeatureProjection(backbone.num_channels, args.hidden_dim, args.num_feature_levels)
 
 
-def transformer_sizes(args: Namespace) -> dict[str, Any]:
-    """Return the keyword arguments of `DeformableTransformer` that every deformable detector takes from options."""
-    return {
-        "d_model": args.hidden_dim,
-        "num_heads": args.nheads,
-        "num_encoder_layers": args.enc_layers,
-        "num_decoder_layers": args.dec_layers,
-        "dim_feedforward": args.dim_feedforward,
-        "dropout": args.dropout,
-        "activation": deformable_activation(args.transformer_activation),
-        "num_levels": args.num_feature_levels,
-        "encoder_points": args.enc_n_points,
-        "decoder_points": args.dec_n_points,
-    }
+def deformable_transformer(args: Namespace, **further: Any) -> DeformableTransformer:
+    """Build the transformer with what every detector takes from options, and `further` arguments of its own."""
+    return DeformableTransformer(
+        build.layer_sizes(args)._replace(activation=deformable_activation(args.transformer_activation)),
+        num_encoder_layers=args.enc_layers,
+        num_decoder_layers=args.dec_layers,
+        num_levels=args.num_feature_levels,
+        encoder_points=args.enc_n_points,
+        decoder_points=args.dec_n_points,
+        two_stage=args.two_stage,
+        **further,
+    )
 
 
 def build_heads(

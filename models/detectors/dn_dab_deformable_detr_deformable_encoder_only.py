@@ -20,7 +20,7 @@ from ..layers.prediction_heads import build_class_head
 from ..registry import register_model
 from ..transformers.dab_decoder import refine_boxes
 from ..transformers.multi_scale_dab import MultiScaleDabTransformer
-from .deformable_parts import multi_scale_features, transformer_sizes
+from .deformable_parts import multi_scale_features
 from .denoising import DecoderQueries, prepend_denoising, split_outputs
 
 CLASS_LOSS_WEIGHT = 1.0  # Kept for parity: --cls_loss_coef is not read here.
@@ -103,10 +103,14 @@ class EncoderOnlyDeformableDetr(nn.Module):
 def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
     """Build the encoder-only detector from options; without `--use_dn` it trains by matching alone."""
     backbone, projection = multi_scale_features(args, dense_position=True)
-    sizes = transformer_sizes(args)
-    del sizes["decoder_points"]  # the decoder samples nothing
-    sizes["activation"] = args.transformer_activation  # read here, unlike in the other deformable models
-    transformer = MultiScaleDabTransformer(**sizes, num_patterns=args.num_patterns)
+    transformer = MultiScaleDabTransformer(
+        build.layer_sizes(args),  # the official default "prelu" is meant here, unlike in the other deformable models
+        num_encoder_layers=args.enc_layers,
+        num_decoder_layers=args.dec_layers,
+        num_levels=args.num_feature_levels,
+        encoder_points=args.enc_n_points,
+        num_patterns=args.num_patterns,
+    )
     # Negatives are told apart by how far their corners move, so contrastive pairs need noise on corners.
     box_noise = "corner" if args.contrastive else "center"
     denoising = build.denoising_from_args(args, box_noise=box_noise)

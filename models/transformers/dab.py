@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from .dab_decoder import DabDecoder, DabDecoderLayer
 from .encoder import Encoder, EncoderLayer
+from .layer_sizes import LayerSizes
 
 
 class DabTransformer(nn.Module):
@@ -15,29 +14,19 @@ class DabTransformer(nn.Module):
 
     def __init__(
         self,
+        sizes: LayerSizes,
         *,
-        d_model: int = 256,
-        num_heads: int = 8,
         num_encoder_layers: int = 6,
         num_decoder_layers: int = 6,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.0,
-        activation: str = "prelu",
         encoder_norm: bool = False,
         num_patterns: int = 0,
     ) -> None:
         super().__init__()
-        width: dict[str, Any] = {
-            "d_model": d_model,
-            "num_heads": num_heads,
-            "dim_feedforward": dim_feedforward,
-            "dropout": dropout,
-            "activation": activation,
-        }
+        d_model = sizes.d_model
         self.encoder = Encoder(
-            EncoderLayer(**width), num_layers=num_encoder_layers, d_model=d_model, final_norm=encoder_norm
+            EncoderLayer(sizes), num_layers=num_encoder_layers, d_model=d_model, final_norm=encoder_norm
         )
-        self.decoder = DabDecoder(DabDecoderLayer(**width), num_layers=num_decoder_layers, d_model=d_model)
+        self.decoder = DabDecoder(DabDecoderLayer(sizes), num_layers=num_decoder_layers, d_model=d_model)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)

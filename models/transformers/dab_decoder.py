@@ -15,15 +15,16 @@ from ..layers.anchor_encoding import anchor_sine_embedding
 from ..layers.attention import ProjectedAttention, visible_keys, visible_queries
 from ..layers.mlp import MLP
 from .dab_layer import DabLayer
+from .layer_sizes import LayerSizes
 
 
 class DabDecoderLayer(DabLayer):
     """A decoder layer that attends to the whole memory at once."""
 
-    def __init__(self, *, d_model: int, num_heads: int, dim_feedforward: int, dropout: float, activation: str) -> None:
-        super().__init__(d_model=d_model, num_heads=num_heads, dropout=dropout)
-        self.cross_attn = ProjectedAttention(d_model, num_heads, dropout)
-        self.add_feed_forward(d_model=d_model, dim_feedforward=dim_feedforward, dropout=dropout, activation=activation)
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__(sizes)
+        self.cross_attn = ProjectedAttention(sizes.d_model, sizes.num_heads, sizes.dropout)
+        self.add_feed_forward(sizes)
 
     def gather(self, query: Tensor, key: Tensor, value: Tensor, may_attend: Tensor | None, **_: Any) -> Tensor:
         """Attend to all tokens alike; levels are not told apart."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..layers.attention import ProjectedAttention
 from ..layers.feed_forward import activated_width, build_activation, feed_forward
+from .layer_sizes import LayerSizes
 
 
 class DabLayer(nn.Module):
@@ -21,15 +22,16 @@ class DabLayer(nn.Module):
 
     ca_qpos_proj: nn.Linear | None
 
-    def __init__(self, *, d_model: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        d_model, dropout = sizes.d_model, sizes.dropout
+        self.num_heads = sizes.num_heads
         self.sa_qcontent_proj = nn.Linear(d_model, d_model)
         self.sa_qpos_proj = nn.Linear(d_model, d_model)
         self.sa_kcontent_proj = nn.Linear(d_model, d_model)
         self.sa_kpos_proj = nn.Linear(d_model, d_model)
         self.sa_v_proj = nn.Linear(d_model, d_model)
-        self.self_attn = ProjectedAttention(d_model, num_heads, dropout)
+        self.self_attn = ProjectedAttention(d_model, sizes.num_heads, dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.dropout1 = nn.Dropout(dropout)
         self.ca_qcontent_proj = nn.Linear(d_model, d_model)
@@ -39,16 +41,17 @@ class DabLayer(nn.Module):
         self.ca_v_proj = nn.Linear(d_model, d_model)
         self.ca_qpos_sine_proj = nn.Linear(d_model, d_model)
 
-    def add_feed_forward(self, *, d_model: int, dim_feedforward: int, dropout: float, activation: str) -> None:
+    def add_feed_forward(self, sizes: LayerSizes) -> None:
         """Register what comes after the parts of cross-attention."""
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        d_model, dropout = sizes.d_model, sizes.dropout
+        self.linear1 = nn.Linear(d_model, sizes.dim_feedforward)
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(activated_width(activation, dim_feedforward), d_model)
+        self.linear2 = nn.Linear(activated_width(sizes.activation, sizes.dim_feedforward), d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
         self.dropout2 = nn.Dropout(dropout)
         self.dropout3 = nn.Dropout(dropout)
-        self.activation = build_activation(activation)
+        self.activation = build_activation(sizes.activation)
 
     def forward(
         self,

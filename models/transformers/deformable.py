@@ -11,6 +11,7 @@ from ..layers.feature_projection import ProjectedLevels
 from ..layers.ms_deform_attn import MSDeformAttn
 from .deformable_decoder import AnchorDeformableDecoder, Decoded, DeformableDecoder, DeformableDecoderLayer
 from .deformable_encoder import DeformableEncoder, DeformableEncoderLayer, TokenLevels, flatten_levels
+from .layer_sizes import LayerSizes
 from .two_stage import OBJECT_CLASS, Proposals, base_proposals, best_tokens, proposal_embedding, take_tokens
 
 OFFICIAL_DEFAULT_ACTIVATION = "prelu"
@@ -28,7 +29,7 @@ class DeformableTransformer(nn.Module):
     """Encoder, decoder and first stage of the deformable detectors (Deformable DETR, ICLR 2021; DAB-DETR, ICLR 2022).
 
     Args:
-        d_model: C; num_heads: H; num_levels: L; encoder_points, decoder_points: P.
+        sizes: of all layers; num_levels: L; encoder_points, decoder_points: P.
         anchor_queries: queries are anchor boxes that give their own positions (DAB), instead of learned positions.
         look_forward_twice: see `DeformableDecoder`.
         two_stage: queries start from encoder proposals; their content is a linear map of the proposals' boxes.
@@ -39,14 +40,10 @@ class DeformableTransformer(nn.Module):
 
     def __init__(
         self,
+        sizes: LayerSizes,
         *,
-        d_model: int = 256,
-        num_heads: int = 8,
         num_encoder_layers: int = 6,
         num_decoder_layers: int = 6,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.0,
-        activation: str = "relu",
         num_levels: int = 4,
         encoder_points: int = 4,
         decoder_points: int = 4,
@@ -57,17 +54,10 @@ class DeformableTransformer(nn.Module):
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
+        d_model = sizes.d_model
         self.d_model, self.eps = d_model, eps
-        width: dict[str, Any] = {
-            "d_model": d_model,
-            "num_heads": num_heads,
-            "num_levels": num_levels,
-            "dim_feedforward": dim_feedforward,
-            "dropout": dropout,
-            "activation": activation,
-        }
-        encoder_layer = DeformableEncoderLayer(num_points=encoder_points, **width)
-        decoder_layer = DeformableDecoderLayer(num_points=decoder_points, **width)
+        encoder_layer = DeformableEncoderLayer(sizes, num_levels=num_levels, num_points=encoder_points)
+        decoder_layer = DeformableDecoderLayer(sizes, num_levels=num_levels, num_points=decoder_points)
         self.level_embed = nn.Parameter(torch.empty(num_levels, d_model))
         self.encoder = DeformableEncoder(encoder_layer, num_layers=num_encoder_layers)
         depth: dict[str, Any] = {"num_layers": num_decoder_layers, "look_forward_twice": look_forward_twice, "eps": eps}

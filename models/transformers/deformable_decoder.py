@@ -16,6 +16,7 @@ from ..layers.feed_forward import activated_width, build_activation, feed_forwar
 from ..layers.mlp import MLP
 from ..layers.ms_deform_attn import MSDeformAttn
 from .deformable_encoder import TokenLevels
+from .layer_sizes import LayerSizes
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -24,28 +25,19 @@ class DeformableDecoderLayer(nn.Module):
     The order of the parts is that of the official checkpoints, which has cross-attention first.
     """
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        dim_feedforward: int,
-        dropout: float,
-        activation: str,
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, num_levels: int, num_points: int) -> None:
         super().__init__()
-        self.cross_attn = MSDeformAttn(d_model, num_levels, num_heads, num_points)
+        d_model, dropout = sizes.d_model, sizes.dropout
+        self.cross_attn = MSDeformAttn(d_model, num_levels, sizes.num_heads, num_points)
         self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
-        self.self_attn = SelfAttention(d_model, num_heads, dropout)
+        self.self_attn = SelfAttention(d_model, sizes.num_heads, dropout)
         self.dropout2 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.activation = build_activation(activation)
+        self.linear1 = nn.Linear(d_model, sizes.dim_feedforward)
+        self.activation = build_activation(sizes.activation)
         self.dropout3 = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(activated_width(activation, dim_feedforward), d_model)
+        self.linear2 = nn.Linear(activated_width(sizes.activation, sizes.dim_feedforward), d_model)
         self.dropout4 = nn.Dropout(dropout)
         self.norm3 = nn.LayerNorm(d_model)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..layers.feature_projection import ProjectedLevels
 from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from ..layers.ms_deform_attn import MSDeformAttn
+from .layer_sizes import LayerSizes
 
 
 class TokenLevels(NamedTuple):
@@ -103,25 +104,16 @@ def token_centres(shape: tuple[int, int], ratio: Tensor) -> Tensor:
 class DeformableEncoderLayer(nn.Module):
     """Deformable self-attention and feed-forward block, each followed by its norm (Deformable DETR, ICLR 2021)."""
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        dim_feedforward: int,
-        dropout: float,
-        activation: str,
-    ) -> None:
+    def __init__(self, sizes: LayerSizes, *, num_levels: int, num_points: int) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(d_model, num_levels, num_heads, num_points)
+        d_model, dropout = sizes.d_model, sizes.dropout
+        self.self_attn = MSDeformAttn(d_model, num_levels, sizes.num_heads, num_points)
         self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.activation = build_activation(activation)
+        self.linear1 = nn.Linear(d_model, sizes.dim_feedforward)
+        self.activation = build_activation(sizes.activation)
         self.dropout2 = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(activated_width(activation, dim_feedforward), d_model)
+        self.linear2 = nn.Linear(activated_width(sizes.activation, sizes.dim_feedforward), d_model)
         self.dropout3 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
 

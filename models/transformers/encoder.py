@@ -9,22 +9,24 @@ from torch import Tensor, nn
 from ..layers.attention import SelfAttention, visible_keys
 from ..layers.feed_forward import activated_width, build_activation, feed_forward
 from ..layers.mlp import MLP
+from .layer_sizes import LayerSizes
 
 
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward block, each followed by its norm (DETR, ECCV 2020, "Transformer")."""
 
-    def __init__(self, *, d_model: int, num_heads: int, dim_feedforward: int, dropout: float, activation: str) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(d_model, num_heads, dropout)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        d_model, dropout = sizes.d_model, sizes.dropout
+        self.self_attn = SelfAttention(d_model, sizes.num_heads, dropout)
+        self.linear1 = nn.Linear(d_model, sizes.dim_feedforward)
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(activated_width(activation, dim_feedforward), d_model)
+        self.linear2 = nn.Linear(activated_width(sizes.activation, sizes.dim_feedforward), d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.activation = build_activation(activation)
+        self.activation = build_activation(sizes.activation)
 
     def forward(self, tokens: Tensor, position: Tensor, may_attend: Tensor | None) -> Tensor:
         """Refine (B, S, C) tokens; `position` (B, S, C) enters queries and keys; `may_attend` as in `attend`."""

@@ -10,6 +10,7 @@ from ..layers.feature_projection import ProjectedLevels
 from .dab_decoder import DabDecoder
 from .dab_layer import DabLayer
 from .deformable_encoder import DeformableEncoder, DeformableEncoderLayer, flatten_levels
+from .layer_sizes import LayerSizes
 
 
 class MultiScaleDabDecoderLayer(DabLayer):
@@ -19,15 +20,13 @@ class MultiScaleDabDecoderLayer(DabLayer):
     self-attention, weighs the results. The projections are shared by all levels.
     """
 
-    def __init__(
-        self, *, d_model: int, num_heads: int, num_levels: int, dim_feedforward: int, dropout: float, activation: str
-    ) -> None:
-        super().__init__(d_model=d_model, num_heads=num_heads, dropout=dropout)
-        self.attention_dropout = dropout
-        self.ca_out_v_proj = nn.Linear(d_model, d_model)
+    def __init__(self, sizes: LayerSizes, *, num_levels: int) -> None:
+        super().__init__(sizes)
+        self.attention_dropout = sizes.dropout
+        self.ca_out_v_proj = nn.Linear(sizes.d_model, sizes.d_model)
         nn.init.zeros_(self.ca_out_v_proj.bias)
-        self.lvl_attn = nn.Linear(d_model, num_levels)
-        self.add_feed_forward(d_model=d_model, dim_feedforward=dim_feedforward, dropout=dropout, activation=activation)
+        self.lvl_attn = nn.Linear(sizes.d_model, num_levels)
+        self.add_feed_forward(sizes)
 
     def gather(
         self,
@@ -58,37 +57,18 @@ class MultiScaleDabTransformer(nn.Module):
 
     def __init__(
         self,
+        sizes: LayerSizes,
         *,
-        d_model: int = 256,
-        num_heads: int = 8,
         num_encoder_layers: int = 6,
         num_decoder_layers: int = 6,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.0,
-        activation: str = "prelu",
         num_levels: int = 4,
         encoder_points: int = 4,
         num_patterns: int = 0,
     ) -> None:
         super().__init__()
-        self.d_model = d_model
-        encoder_layer = DeformableEncoderLayer(
-            d_model=d_model,
-            num_heads=num_heads,
-            num_levels=num_levels,
-            num_points=encoder_points,
-            dim_feedforward=dim_feedforward,
-            dropout=dropout,
-            activation=activation,
-        )
-        decoder_layer = MultiScaleDabDecoderLayer(
-            d_model=d_model,
-            num_heads=num_heads,
-            num_levels=num_levels,
-            dim_feedforward=dim_feedforward,
-            dropout=dropout,
-            activation=activation,
-        )
+        self.d_model = d_model = sizes.d_model
+        encoder_layer = DeformableEncoderLayer(sizes, num_levels=num_levels, num_points=encoder_points)
+        decoder_layer = MultiScaleDabDecoderLayer(sizes, num_levels=num_levels)
         self.level_embed = nn.Parameter(torch.empty(num_levels, d_model))
         self.encoder = DeformableEncoder(encoder_layer, num_layers=num_encoder_layers)
         self.decoder = DabDecoder(decoder_layer, num_layers=num_decoder_layers, d_model=d_model)
