@@ -20,10 +20,10 @@ from ..registry import register_model
 from ..transformers.deformable import DeformableTransformer
 from ..transformers.deformable_encoder import TokenLevels
 from .deformable_parts import (
-    MATCHER_ALPHA,
     NUM_RESULTS,
     build_heads,
     classify_layers,
+    deformable_criterion,
     deformable_transformer,
     freeze_untaught_heads,
     multi_scale_features,
@@ -165,10 +165,7 @@ def build_dab_deformable_detr(
         label_embedding=label_embedding,
         denoising=denoising,
     )
-    weights = build.loss_weights(args, denoising=denoising is not None, proposals=True)
-    criterion = build.criterion_from_args(
-        args, weights=weights, denoising=denoising is not None, matcher_alpha=MATCHER_ALPHA, box_parts=False
-    )
+    criterion = deformable_criterion(args, denoising=denoising is not None)
     return model, criterion, build.postprocessors(num_results)
 
 

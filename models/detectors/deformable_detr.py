@@ -19,10 +19,10 @@ from ..registry import register_model
 from ..transformers.deformable import DeformableTransformer
 from ..transformers.deformable_encoder import TokenLevels
 from .deformable_parts import (
-    MATCHER_ALPHA,
     NUM_RESULTS,
     build_heads,
     classify_layers,
+    deformable_criterion,
     deformable_transformer,
     freeze_untaught_heads,
     multi_scale_features,
@@ -129,12 +129,5 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
         two_stage=args.two_stage,
         aux_loss=args.aux_loss,
     )
-    criterion = build.criterion_from_args(
-        args,
-        weights=build.loss_weights(args, denoising=False, proposals=True),
-        denoising=False,
-        matcher_alpha=MATCHER_ALPHA,
-        box_parts=False,
-        overlap_eps=0.0,
-    )
+    criterion = deformable_criterion(args, denoising=False, overlap_eps=0.0)
     return model, criterion, build.postprocessors(NUM_RESULTS)

@@ -1,4 +1,4 @@
-"""What the deformable detectors share: multi-scale features, the transformer, one pair of heads per layer."""
+"""What the deformable detectors share: multi-scale features, transformer, criterion, one pair of heads per layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from util.box_ops import OVERLAP_EPS
+
 from .. import build
 from ..backbones import Joiner
+from ..criterion import SetCriterion
 from ..layers.feature_projection import FeatureProjection
 from ..layers.prediction_heads import build_box_head, build_class_head
 from ..transformers.deformable import DeformableTransformer, deformable_activation
@@ -49,6 +52,18 @@ def deformable_transformer(args: Namespace, **further: Any) -> DeformableTransfo
         decoder_points=args.dec_n_points,
         two_stage=args.two_stage,
         **further,
+    )
+
+
+def deformable_criterion(args: Namespace, *, denoising: bool, overlap_eps: float = OVERLAP_EPS) -> SetCriterion:
+    """Build matcher and criterion with the weights of all losses; arguments as of `build.criterion_from_args`."""
+    return build.criterion_from_args(
+        args,
+        weights=build.loss_weights(args, denoising=denoising, proposals=True),
+        denoising=denoising,
+        matcher_alpha=MATCHER_ALPHA,
+        box_parts=False,
+        overlap_eps=overlap_eps,
     )
 
 
