@@ -28,7 +28,7 @@ from .deformable_parts import (
     freeze_untaught_heads,
     multi_scale_features,
 )
-from .denoising import DecoderQueries, prepend_denoising, split_outputs
+from .denoising import DecoderQueries, matching_part, prepend_denoising, split_outputs
 
 
 class DabDeformableDetr(nn.Module):
@@ -119,14 +119,10 @@ class DabDeformableDetr(nn.Module):
         if self.tgt_embed is None:
             proposals = self.transformer.propose(memory, self.num_queries)
             return DecoderQueries(proposals.content, proposals.anchors_unsigmoid), {"enc_outputs": proposals.outputs()}
-        content, anchors = self.tgt_embed.weight, self.refpoint_embed.weight
+        content = self.tgt_embed.weight
         if self.label_enc is not None:
             content = torch.cat((content, content.new_zeros((len(content), 1))), dim=1)  # indicator 0
-        if self.patterns_embed is not None:
-            content = (self.patterns_embed.weight[:, None] + content).flatten(0, 1)  # pattern-major
-            anchors = anchors.repeat(self.patterns_embed.num_embeddings, 1)
-        batch_size = memory.tokens.shape[0]
-        return DecoderQueries(content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1)), {}
+        return matching_part(content, self.refpoint_embed.weight, self.patterns_embed, memory.tokens.shape[0]), {}
 
 
 def build_dab_deformable_detr(

@@ -18,7 +18,7 @@ from ..layers.prediction_heads import build_box_head, build_class_head
 from ..registry import register_model
 from ..transformers.dab import DabTransformer
 from ..transformers.dab_decoder import refine_boxes
-from .denoising import DecoderQueries, prepend_denoising, split_outputs
+from .denoising import DecoderQueries, matching_part, prepend_denoising, split_outputs
 
 
 class DabDetr(nn.Module):
@@ -90,16 +90,14 @@ class DabDetr(nn.Module):
         return split_outputs(self.class_embed(hidden), boxes, queries.meta, aux_loss=self.aux_loss)
 
     def matching_queries(self, batch_size: int) -> DecoderQueries:
-        """Return the queries of the matching part, pattern-major."""
+        """Return the queries of the matching part."""
         anchors = self.refpoint_embed.weight
         if self.label_enc is None:
             content = anchors.new_zeros((len(anchors), self.class_embed.in_features))
         else:
             no_object = torch.cat((self.label_enc.weight[-1], self.label_enc.weight.new_zeros(1)))  # indicator 0
             content = no_object.expand(len(anchors), -1)
-        content = self.transformer.add_patterns(content)
-        anchors = anchors.repeat(len(content) // len(anchors), 1)
-        return DecoderQueries(content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1))
+        return matching_part(content, anchors, self.transformer.patterns, batch_size)
 
 
 def build_dab_detr(args: Namespace, *, label_embedding: bool) -> tuple[nn.Module, nn.Module, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What every detector with denoising does around its decoder: denoising queries in front, their answers taken apart."""
+"""What detectors with anchors do around their decoder: matching queries, denoising ones before them, answers apart."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ class DecoderQueries(NamedTuple):
     anchors_unsigmoid: Tensor
     attn_mask: Tensor | None = None
     meta: DenoisingMeta | None = None
+
+
+def matching_part(content: Tensor, anchors: Tensor, patterns: nn.Embedding | None, batch_size: int) -> DecoderQueries:
+    """Ask for every image every anchor, or every anchor once per pattern (Anchor DETR, AAAI 2022).
+
+    Args:
+        content: (Q, C); anchors: (Q, 4) cxcywh before the sigmoid.
+        patterns: embeddings that are added to the content; queries of one pattern stand together.
+        batch_size: B.
+    """
+    if patterns is not None:
+        content = (patterns.weight[:, None] + content).flatten(0, 1)
+        anchors = anchors.repeat(patterns.num_embeddings, 1)
+    return DecoderQueries(content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1))
 
 
 def prepend_denoising(

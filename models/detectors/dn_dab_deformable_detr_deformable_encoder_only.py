@@ -21,7 +21,7 @@ from ..registry import register_model
 from ..transformers.dab_decoder import refine_boxes
 from ..transformers.multi_scale_dab import MultiScaleDabTransformer
 from .deformable_parts import multi_scale_features
-from .denoising import DecoderQueries, prepend_denoising, split_outputs
+from .denoising import DecoderQueries, matching_part, prepend_denoising, split_outputs
 
 CLASS_LOSS_WEIGHT = 1.0  # Kept for parity: --cls_loss_coef is not read here.
 
@@ -91,12 +91,10 @@ class EncoderOnlyDeformableDetr(nn.Module):
         return split_outputs(self.class_embed(hidden), boxes, queries.meta, aux_loss=self.aux_loss)
 
     def matching_queries(self, batch_size: int) -> DecoderQueries:
-        """Return the queries of the matching part, pattern-major."""
+        """Return the queries of the matching part."""
         anchors = self.refpoint_embed.weight
         no_object = torch.cat((self.label_enc.weight[-1], self.label_enc.weight.new_zeros(1)))  # indicator 0
-        content = self.transformer.add_patterns(no_object.expand(len(anchors), -1))
-        anchors = anchors.repeat(len(content) // len(anchors), 1)
-        return DecoderQueries(content.expand(batch_size, -1, -1), anchors.expand(batch_size, -1, -1))
+        return matching_part(no_object.expand(len(anchors), -1), anchors, self.transformer.patterns, batch_size)
 
 
 @register_model("dn_dab_deformable_detr_deformable_encoder_only")

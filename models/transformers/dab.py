@@ -66,9 +66,3 @@ class DabTransformer(nn.Module):
             padding_mask=mask,
             attn_mask=attn_mask,
         )
-
-    def add_patterns(self, queries: Tensor) -> Tensor:
-        """Repeat (Q, C) matching queries once per pattern and add the patterns: (patterns x Q, C), pattern-major."""
-        if self.patterns is None:
-            return queries
-        return (self.patterns.weight[:, None] + queries).flatten(0, 1)
