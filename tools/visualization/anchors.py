@@ -18,12 +18,12 @@ from tools.detector import Detector, load_detector
 
 from .capture import trace_layers
 from .drawing import (
+    add_query_arguments,
     choose_queries,
     color_of,
     describe,
     draw_reference,
     make_panels,
-    positive,
     prepare,
     read_picture,
     save,
@@ -36,9 +36,7 @@ MOST_COLUMNS = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this picture."""
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="picture to look at")
-    parser.add_argument("--count", type=positive, default=6, help="draw so many queries with the highest scores")
-    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="draw these queries instead")
+    add_query_arguments(parser, count=6)
 
 
 def run(options: argparse.Namespace, model_options: Sequence[str]) -> None:

@@ -25,12 +25,12 @@ from util.errors import OptionError
 
 from .capture import DenseAttention, SampledAttention, trace_cross_attention, trace_layers
 from .drawing import (
+    add_query_arguments,
     choose_queries,
     color_of,
     describe,
     draw_reference,
     make_panels,
-    positive,
     prepare,
     read_picture,
     save,
@@ -45,9 +45,7 @@ LEVEL_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this picture."""
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="picture to look at")
-    parser.add_argument("--count", type=positive, default=3, help="draw so many queries with the highest scores")
-    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="draw these queries instead")
+    add_query_arguments(parser, count=3)
     parser.add_argument("--head", type=int, metavar="N", help="one attention head; left out: the mean of all")
 
 

@@ -49,6 +49,13 @@ def positive(text: str) -> int:
     return number
 
 
+def add_query_arguments(parser: argparse.ArgumentParser, *, count: int) -> None:
+    """Add the picture to look at and which queries are drawn, `count` of them unless told otherwise."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="picture to look at")
+    parser.add_argument("--count", type=positive, default=count, help="draw so many queries with the highest scores")
+    parser.add_argument("--queries", type=int, nargs="+", metavar="N", help="draw these queries instead")
+
+
 def read_picture(path: Path) -> Image.Image:
     """Return the RGB picture of a file.
 
