@@ -91,3 +91,12 @@ def test_mlp_has_relu_between_layers_and_none_at_the_end():
     x = torch.randn(4, 3)
     hidden = mlp.layers[1](mlp.layers[0](x).relu()).relu()
     torch.testing.assert_close(mlp(x), mlp.layers[2](hidden))
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3), (2, 0, 3), (0, 3), (2, 2, 4, 3)])
+def test_mlp_takes_any_leading_shape(shape):
+    mlp, x = MLP(3, 5, 2, 3), torch.randn(shape)
+    expected = mlp.layers[2](mlp.layers[1](mlp.layers[0](x).relu()).relu())
+    assert expected.shape == (*shape[:-1], 2)
+    torch.testing.assert_close(mlp(x), expected)
+    torch.testing.assert_close(mlp(x.expand(2, *shape).movedim(0, -2)), torch.stack((expected, expected), -2))

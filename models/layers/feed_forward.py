@@ -45,9 +45,9 @@ def feed_forward(
     def block(part: Tensor) -> Tensor:
         return linear2(dropout(activation(linear1(part))))
 
-    rows = tokens.flatten(0, 1)
+    rows, shape = tokens.flatten(0, 1), tokens.shape
     # A graph that is being recorded takes the plain way: a loop over chunks would tie it to one size.
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if recorded or tokens.device.type != "cpu" or rows.shape[0] <= CHUNK:
-        return block(rows).view(*tokens.shape[:-1], -1)
-    return torch.cat([block(part) for part in rows.split(CHUNK)]).view(*tokens.shape[:-1], -1)
+        return block(rows).view(shape)
+    return torch.cat([block(part) for part in rows.split(CHUNK)]).view(shape)

@@ -18,7 +18,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., input_dim) to (..., output_dim)."""
-        rows = x.flatten(0, -2)  # once, and not in every layer
+        rows = x.reshape(-1, x.shape[-1])  # once, and not in every layer
         for layer in self.layers[:-1]:
             rows = F.relu(layer(rows))
-        return self.layers[-1](rows).view(*x.shape[:-1], -1)
+        rows = self.layers[-1](rows)
+        return rows.view(*x.shape[:-1], rows.shape[-1])
